@@ -1,0 +1,38 @@
+"""
+ioproc: page-table hooks for devices that access user memory, as a model, an instrument and a benchmark.
+
+Start with `AddressSpace` and `Ops`; ``python -m ioproc.bench`` compares hook placements on recorded histories.
+"""
+import os as _os
+
+from ._core import (
+    HOOK_NAMES,
+    AccessError,
+    AddressSpace,
+    BusError,
+    CountingOps,
+    File,
+    Ops,
+    PhysicalMemory,
+    SegmentationFault,
+    VMA,
+)
+
+MAP_FIXED = 0x10
+MAP_LOCKED = 0x2000
+MAP_NORESERVE = 0x4000
+MAP_POPULATE = 0x8000
+MAP_STACK = 0x20000
+MAP_FIXED_NOREPLACE = 0x100000
+MREMAP_MAYMOVE = 1
+MREMAP_FIXED = 2
+MS_ASYNC = 1
+MS_INVALIDATE = 2
+MS_SYNC = 4
+
+__version__ = "0.1.0"
+
+
+def get_include():
+    """Directory of ``ioproc.h``, for the compiler's ``-I``; Cython finds the ``.pxd`` files by ``cimport ioproc``."""
+    return _os.path.join(_os.path.dirname(__file__), "include")

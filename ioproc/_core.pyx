@@ -1,0 +1,33 @@
+# The one extension module of ioproc: its parts, in reading order.
+"""The core of ioproc in C: hooks, address spaces, replay.  Use it through the package."""
+import os
+
+import numpy as np
+
+from libc.errno cimport EAGAIN, EINVAL, ENOMEM, ESRCH
+from libc.stdint cimport int64_t as i64, uint32_t as u32, uint64_t as u64
+from libc.stdlib cimport calloc, free, malloc
+from libc.string cimport memcpy, memset
+
+from ioproc.hooks.chain cimport *
+from ioproc.hooks.thread cimport *
+from ioproc.vm.mm cimport *
+from ioproc.vm.frames cimport *
+from ioproc.vm.page_table cimport *
+from ioproc.vm.vma cimport *
+from ioproc.vm.rmap cimport *
+from ioproc.vm.fire cimport *
+from ioproc.vm.fault cimport *
+from ioproc.vm.zap cimport *
+from ioproc.vm.fork cimport *
+
+include "hooks/ops.pyx"
+include "vm/chains.pyx"
+include "vm/merge.pyx"
+include "vm/mmap.pyx"
+include "vm/protect.pyx"
+include "vm/mremap.pyx"
+include "vm/lifecycle.pyx"
+include "vm/memory.pyx"
+include "vm/address_space.pyx"
+include "hooks/lowlevel.pyx"

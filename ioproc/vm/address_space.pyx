@@ -1,0 +1,810 @@
+# AddressSpace and VMA: the faces of an address space.
+import mmap as _mmap
+from weakref import WeakValueDictionary
+from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.bytes cimport PyBytes_FromStringAndSize
+
+cdef object alive = WeakValueDictionary()       # AddressSpace by the address of its MM: for the reverse map
+
+
+cdef AddressSpace address_space_alive(MM *mm):
+    return alive.get(<size_t> mm)
+
+
+class AccessError(Exception):
+    """
+    A CPU access that cannot be made.
+
+    Attributes
+    ----------
+    address : int
+        The first byte that could not be accessed.
+    completed : int
+        Bytes (``read``, ``write``) or pages (``touch``) accessed before it.
+    """
+
+    def __init__(self, address, completed=0):
+        super().__init__(address, completed)
+        self.address = address
+        self.completed = completed
+
+    def __str__(self):
+        return f"address {self.address:#x}, {self.completed} completed before"
+
+
+class SegmentationFault(AccessError):
+    """An access that no VMA allows."""
+
+
+class BusError(AccessError):
+    """An access to a mapping beyond the last page of its file."""
+
+
+for _error in (AccessError, SegmentationFault, BusError):
+    _error.__module__ = "ioproc"
+
+
+cdef class VMA:
+    """
+    A VMA as it was when it was looked at: one mapping, [start, end).
+
+    Attributes
+    ----------
+    start, end : int
+        Bytes.
+    prot : int
+        ``mmap.PROT_READ`` and so on.
+    flags : int
+        ``mmap.MAP_PRIVATE`` or ``MAP_SHARED``, with ``MAP_ANONYMOUS`` where it applies.
+    file : File or None
+        None for anonymous memory, private or shared.
+    offset : int
+        Of `start` in the file, bytes; 0 for private anonymous memory.
+    shared : bool
+    """
+    cdef readonly object start
+    cdef readonly object end
+    cdef readonly int prot
+    cdef readonly int flags
+    cdef readonly object file
+    cdef readonly object offset
+    cdef readonly bint shared
+
+    def __init__(self):
+        raise TypeError("a VMA comes from AddressSpace.vmas() or in a callback")
+
+    cdef tuple key(self):
+        return (self.start, self.end, self.prot, self.flags, self.offset, id(self.file))
+
+    def __eq__(self, other):
+        return self.key() == (<VMA> other).key() if isinstance(other, VMA) else NotImplemented
+
+    def __hash__(self):
+        return hash(self.key())
+
+    def __repr__(self):
+        letters = "".join(letter if self.prot & bit else "-" for letter, bit in zip("rwx", (1, 2, 4)))
+        kind = "anonymous" if self.file is None else f"{self.file!r} at {self.offset:#x}"
+        return f"<ioproc.VMA {self.start:#x}-{self.end:#x} {letters}{'s' if self.shared else 'p'} {kind}>"
+
+
+cdef VMA vma_face(const VMArea *vma):
+    cdef VMA face = VMA.__new__(VMA)
+    face.start = vma.start
+    face.end = vma.end
+    face.prot = vma.flags & VM_ACCESS
+    face.shared = vma.flags & VM_SHARED != 0
+    face.flags = MAP_SHARED if face.shared else MAP_PRIVATE
+    face.offset = 0
+    if vma.file != NULL:
+        face.offset = vma.pgoff << PAGE_SHIFT
+    if vma.file == NULL or vma.file.anonymous:
+        face.flags |= MAP_ANONYMOUS
+    elif vma.file.face != NULL:
+        face.file = <object> vma.file.face
+    else:
+        face.file = file_face(vma.file, (<AddressSpace> vma.mm.face).mem if vma.mm.face != NULL else None)
+    return face
+
+
+cdef File file_face(FileCache *file, PhysicalMemory mem):
+    """A new face for a file whose Python object is gone."""
+    cdef File face = File.__new__(File, mem, 0)
+    cdef FileCache *empty = face.file
+    pthread_mutex_lock(&file.mem.lock)
+    file.refs += 1
+    pthread_mutex_unlock(&file.mem.lock)
+    face.file = file
+    file.face = <void *> face
+    empty.face = NULL
+    file_put(empty)
+    return face
+
+
+cdef object mm_face(MM *mm):
+    return <object> mm.face if mm.face != NULL else None
+
+
+PAGEMAP_DTYPE = [("present", "?"), ("swapped", "?"), ("writable", "?"), ("dirty", "?"), ("young", "?"), ("zero", "?"),
+                 ("shared", "?"), ("pfn", "<u8")]
+
+cdef packed struct PageRow:
+    unsigned char present, swapped, writable, dirty, young, zero, shared
+    u64 pfn
+
+
+cdef void pagemap_fill(MM *mm, u64 start, u64 pages, PageRow *rows) noexcept nogil:
+    cdef u64 addr = start
+    cdef u64 end = start + (pages << PAGE_SHIFT)
+    cdef u64 pte, stop
+    cdef Table *leaf
+    cdef PageRow *row
+    memset(rows, 0, pages * sizeof(PageRow))
+    while True:
+        leaf = leaf_next(mm.root, &addr, end)
+        if leaf == NULL:
+            return
+        stop = ((addr >> 21) + 1) << 21
+        if stop > end:
+            stop = end
+        while addr < stop:
+            pte = leaf.entry[table_index(addr, 0)]
+            if pte:
+                row = &rows[(addr - start) >> PAGE_SHIFT]
+                row.present = pte & PTE_PRESENT != 0
+                row.writable = pte & PTE_WRITE != 0
+                row.dirty = pte & PTE_DIRTY != 0
+                row.young = pte & PTE_YOUNG != 0
+                row.zero = pte & PTE_ZERO != 0
+                if not row.zero:
+                    row.pfn = pte_pfn(pte)
+                    row.shared = mapcount_of(atomic_load(&frame_at(mm.mem, row.pfn).counts)) > 1
+            addr += PAGE_SIZE
+
+
+cdef int access_error(int why, u64 address, u64 completed) except -1:
+    if why == ACCESS_SEGV:
+        raise SegmentationFault(address, completed)
+    if why == ACCESS_BUS:
+        raise BusError(address, completed)
+    if why == ACCESS_OOM:
+        raise MemoryError(f"no frame for {address:#x}, {completed} completed before")
+    return 0
+
+
+cdef int range_in_space(u64 addr, u64 length) except -1:
+    if addr > TASK_SIZE or length > TASK_SIZE - addr:
+        raise ValueError(f"addr = {addr:#x}, length = {length:#x}: beyond the address space, which ends at {TASK_SIZE:#x}")
+    return 0
+
+
+cdef object syscall_error(i64 result, str what):
+    if result == -ENOSYS:
+        return NotImplementedError(f"{what} is not modelled")
+    return OSError(-result, os.strerror(-result))
+
+
+cdef void chain_owners(MM *mm, object ops):
+    """Keep `ops` alive as long as a chain points at it, and let go of those no chain points at any more."""
+    cdef Attached **link = &mm.attached
+    cdef Attached *gone
+    cdef bint known = False
+    while link[0] != NULL:
+        if ops_is_attached(mm, link[0].ops):
+            known = known or (ops is not None and link[0].owner == <void *> ops)
+            link = &link[0].next
+        else:
+            gone = link[0]
+            link[0] = gone.next
+            Py_DECREF(<object> gone.owner)
+            free(gone)
+    if ops is None or known or not ops_is_attached(mm, &(<Ops> ops).ops):
+        return
+    gone = <Attached *> malloc(sizeof(Attached))
+    Py_INCREF(ops)
+    gone.ops = &(<Ops> ops).ops
+    gone.owner = <void *> ops
+    gone.next = mm.attached
+    mm.attached = gone
+
+
+cdef class AddressSpace:
+    """
+    AddressSpace(mem, *, max_map_count=65530, start_brk=0x555555756000, rlimits=None)
+
+    One process's memory: VMAs, page tables, and the ops chains that are told of their changes.
+
+    System calls behave as Linux on x86-64: results, errno, VMA boundaries and partial effects are the running kernel's.
+    Addresses, lengths and offsets are ints in bytes, protections and flags those of the `mmap` module.  A context
+    manager: ``exit()`` at the end.  Several threads may use one; operations on it take turns, without the GIL.
+
+    Parameters
+    ----------
+    mem : PhysicalMemory
+    max_map_count : int
+        As ``/proc/sys/vm/max_map_count``.
+    start_brk : int
+        Where the heap begins.
+    rlimits : dict, optional
+        Bytes, by name: ``"AS"``, ``"DATA"``; missing: unlimited.
+    """
+    cdef MM *mm
+    cdef readonly PhysicalMemory mem
+    cdef object __weakref__
+
+    def __cinit__(self, PhysicalMemory mem not None, *, max_map_count=65530, start_brk=0x555555756000, rlimits=None):
+        cdef u64 count = as_u64(max_map_count, "max_map_count")
+        cdef u64 brk = as_u64(start_brk, "start_brk")
+        cdef dict limits = dict(rlimits or {})
+        cdef u64 limit_as = as_u64(limits.pop("AS", UINT64_MAX), "rlimits['AS']")
+        cdef u64 limit_data = as_u64(limits.pop("DATA", UINT64_MAX), "rlimits['DATA']")
+        if limits:
+            raise ValueError(f"rlimits: {', '.join(map(repr, limits))}: not one of 'AS', 'DATA'")
+        if brk & (PAGE_SIZE - 1) or brk > TASK_SIZE:
+            raise ValueError(f"start_brk = {start_brk:#x}: not a page of the address space")
+        self.adopt(mem, mm_new(mem.mem))
+        self.mm.max_map_count = count
+        self.mm.start_brk = brk
+        self.mm.brk = brk
+        self.mm.limit_as = limit_as
+        self.mm.limit_data = limit_data
+
+    cdef int adopt(self, PhysicalMemory mem, MM *mm) except -1:
+        if mm == NULL:
+            raise MemoryError("AddressSpace")
+        self.mem = mem
+        self.mm = mm
+        mm.face = <void *> self
+        alive[<size_t> mm] = self
+        return 0
+
+    def __del__(self):
+        self.exit()
+
+    def __dealloc__(self):
+        if self.mm != NULL:
+            mm_free(self.mm)
+
+    # ---- entering and leaving the VM: no lock of ours is ever waited for with the GIL held
+
+    cdef int enter(self) except -1:
+        if thread_inside() != NULL:
+            raise RuntimeError("a hook callback may look at an address space and may not change it")
+        self.lock()
+        if self.mm.dead:
+            mm_unlock(self.mm)
+            raise OSError(ESRCH, os.strerror(ESRCH))
+        thread_set_inside(self.mm)
+        return 0
+
+    cdef void lock(self):
+        if pthread_mutex_trylock(&self.mm.lock) == 0:
+            self.mm.owner = pthread_self()
+            self.mm.locked = True
+        else:
+            with nogil:
+                mm_lock(self.mm)
+
+    cdef int leave(self) except -1:
+        thread_set_inside(NULL)
+        mm_unlock(self.mm)
+        return raise_pending()
+
+    cdef bint look_begin(self, bint wait=True) except -1:
+        """Lock for looking, unless this thread has the lock: False if that would have to wait and must not."""
+        if self.mm.locked and self.mm.owner == pthread_self():
+            self.looking += 1
+        elif thread_inside() == NULL:
+            self.lock()
+        elif pthread_mutex_trylock(&self.mm.lock) == 0:
+            self.mm.owner = pthread_self()
+            self.mm.locked = True
+        elif wait:
+            raise RuntimeError("this address space is in use, and a hook callback never waits")
+        else:
+            return False
+        return True
+
+    cdef void look_end(self):
+        if self.looking:
+            self.looking -= 1
+        else:
+            mm_unlock(self.mm)
+
+    cdef int looking            # looks of the thread that already had the lock
+
+    # ---- system calls
+
+    def mmap(self, length, prot=_mmap.PROT_READ | _mmap.PROT_WRITE, flags=_mmap.MAP_PRIVATE | _mmap.MAP_ANONYMOUS, *,
+             addr=None, File file=None, offset=0):
+        """
+        Map memory.
+
+        Parameters
+        ----------
+        length : int
+            Bytes, rounded up to pages.
+        prot, flags : int
+            As mmap(2): ``PROT_*``; ``MAP_PRIVATE`` or ``MAP_SHARED``, ``MAP_ANONYMOUS``, ``MAP_FIXED``, ``MAP_FIXED_NOREPLACE``,
+            ``MAP_POPULATE``, ``MAP_LOCKED``, ``MAP_NORESERVE``, ``MAP_STACK``.
+        addr : int, optional
+            A hint, or with ``MAP_FIXED`` the place.  Without one: the highest gap that fits.
+        file : File, optional
+        offset : int
+            In the file.
+
+        Returns
+        -------
+        int
+            The address.
+
+        Raises
+        ------
+        OSError
+            EINVAL, ENOMEM, EEXIST, EBADF, EOVERFLOW, as the kernel.
+        """
+        cdef u64 at = 0 if addr is None else as_u64(addr, "addr")
+        cdef u64 bytes_ = as_u64(length, "length")
+        cdef u64 protection = as_u64(prot, "prot")
+        cdef u64 flag_bits = as_u64(flags, "flags")
+        cdef u64 start = as_u64(offset, "offset")
+        cdef FileCache *cache = NULL
+        cdef i64 result
+        if file is not None:
+            if file.file.mem != self.mm.mem:
+                raise ValueError("file: of another PhysicalMemory")
+            cache = file.file
+        self.enter()
+        with nogil:
+            result = mm_mmap(self.mm, at, bytes_, protection, flag_bits, cache, start)
+        self.leave()
+        if result < 0:
+            raise syscall_error(result, "mmap")
+        return result
+
+    def munmap(self, addr, length):
+        """Unmap [addr, addr + length): one ``invalidate_range`` for the whole, if anything is mapped there."""
+        cdef u64 at = as_u64(addr, "addr")
+        cdef u64 bytes_ = as_u64(length, "length")
+        cdef int error
+        self.enter()
+        with nogil:
+            error = mm_munmap(self.mm, at, bytes_)
+        self.leave()
+        if error:
+            raise syscall_error(error, "munmap")
+
+    def mprotect(self, addr, length, prot):
+        """
+        Change the protection: ``change_protection`` per VMA that changes.  A hole is ENOMEM after the VMAs before it changed.
+        """
+        cdef u64 at = as_u64(addr, "addr")
+        cdef u64 bytes_ = as_u64(length, "length")
+        cdef u64 protection = as_u64(prot, "prot")
+        cdef int error
+        self.enter()
+        with nogil:
+            error = mm_mprotect(self.mm, at, bytes_, protection)
+        self.leave()
+        if error:
+            raise syscall_error(error, "mprotect")
+
+    def madvise(self, addr, length, advice):
+        """
+        ``MADV_DONTNEED``: forget the pages, ``invalidate_range`` per VMA.  ``NORMAL RANDOM SEQUENTIAL HUGEPAGE NOHUGEPAGE
+        DONTDUMP DODUMP`` only mark VMAs, which splits and merges them; ``WILLNEED`` does nothing.  The other kinds of
+        advice raise NotImplementedError.  Holes are skipped, and ENOMEM at the end.
+        """
+        cdef u64 at = as_u64(addr, "addr")
+        cdef u64 bytes_ = as_u64(length, "length")
+        cdef int what = advice
+        cdef int error
+        self.enter()
+        with nogil:
+            error = mm_madvise(self.mm, at, bytes_, what)
+        self.leave()
+        if error:
+            raise syscall_error(error, f"madvise advice {advice}")
+
+    def msync(self, addr, length, flags=4):
+        """``sync_range`` per shared VMA.  `flags`: MS_ASYNC 1, MS_INVALIDATE 2, MS_SYNC 4."""
+        cdef u64 at = as_u64(addr, "addr")
+        cdef u64 bytes_ = as_u64(length, "length")
+        cdef int flag_bits = flags
+        cdef int error
+        self.enter()
+        with nogil:
+            error = mm_msync(self.mm, at, bytes_, flag_bits)
+        self.leave()
+        if error:
+            raise syscall_error(error, "msync")
+
+    def mremap(self, old_addr, old_length, new_length, flags=1, new_addr=None):
+        """
+        Shrink, grow or move a mapping.
+
+        A move fires ``invalidate_range`` for the old range, for the new one, and for the old one again when it is unmapped, and no
+        update at the new place: the device faults it in.  The chain of a VMA moves with it.
+
+        Parameters
+        ----------
+        flags : int
+            ``MREMAP_MAYMOVE``, ``MREMAP_FIXED`` (with `new_addr`; several VMAs if the length stays).
+        new_addr : int, optional
+
+        Returns
+        -------
+        int
+            The new address.
+        """
+        cdef u64 at = as_u64(old_addr, "old_addr")
+        cdef u64 old = as_u64(old_length, "old_length")
+        cdef u64 new = as_u64(new_length, "new_length")
+        cdef int flag_bits = flags
+        cdef u64 target = 0 if new_addr is None else as_u64(new_addr, "new_addr")
+        cdef i64 result
+        if flag_bits & MREMAP_FIXED and new_addr is None:
+            raise ValueError("new_addr = None: MREMAP_FIXED needs one")
+        self.enter()
+        with nogil:
+            result = mm_mremap(self.mm, at, old, new, flag_bits, target)
+        self.leave()
+        if result < 0:
+            raise syscall_error(result, "mremap with MREMAP_DONTUNMAP")
+        return result
+
+    def brk(self, addr=None):
+        """Move the end of the heap; None only asks.  Returns it: unchanged where the kernel would refuse."""
+        cdef u64 at = 0 if addr is None else as_u64(addr, "addr")
+        cdef u64 result
+        self.enter()
+        with nogil:
+            result = mm_brk(self.mm, at)
+        self.leave()
+        return result
+
+    def shmat(self, File file not None, addr=None, readonly=False):
+        """Attach a shared-memory segment, whole; returns its address."""
+        cdef u64 at = 0 if addr is None else as_u64(addr, "addr")
+        cdef bint read_only = readonly
+        cdef i64 result
+        if file.file.mem != self.mm.mem:
+            raise ValueError("file: of another PhysicalMemory")
+        self.enter()
+        with nogil:
+            result = mm_shmat(self.mm, file.file, at, read_only)
+        self.leave()
+        if result < 0:
+            raise syscall_error(result, "shmat")
+        return result
+
+    def shmdt(self, addr):
+        """Detach the segment attached at `addr`."""
+        cdef u64 at = as_u64(addr, "addr")
+        cdef int error
+        self.enter()
+        with nogil:
+            error = mm_shmdt(self.mm, at)
+        self.leave()
+        if error:
+            raise syscall_error(error, "shmdt")
+
+    # ---- CPU access
+
+    def read(self, addr, n):
+        """
+        Read `n` bytes; pages are faulted in.
+
+        Raises
+        ------
+        SegmentationFault, BusError
+            With the address, and the bytes read before.
+        MemoryError
+            No frame for a page.
+        """
+        cdef u64 at = as_u64(addr, "addr")
+        cdef u64 count = as_u64(n, "n")
+        cdef u64 completed = 0
+        cdef int why
+        cdef bytes result
+        cdef char *data
+        range_in_space(at, count)
+        result = PyBytes_FromStringAndSize(NULL, count)
+        data = result
+        self.enter()
+        with nogil:
+            why = mm_read(self.mm, at, data, count, &completed)
+        self.leave()
+        access_error(why, at + completed, completed)
+        return result
+
+    def write(self, addr, data):
+        """Write bytes; pages are faulted in and copied where they are copy-on-write.  Errors as `read`."""
+        cdef u64 at = as_u64(addr, "addr")
+        cdef const unsigned char[::1] source = data
+        cdef u64 count = source.shape[0]
+        cdef u64 completed = 0
+        cdef int why = ACCESS_OK
+        range_in_space(at, count)
+        self.enter()
+        if count:
+            with nogil:
+                why = mm_write(self.mm, at, <const char *> &source[0], count, &completed)
+        self.leave()
+        access_error(why, at + completed, completed)
+
+    def touch(self, addr, length=1, write=False):
+        """
+        Access one byte of each page of [addr, addr + length), without contents: the accessed and dirty bits are set.
+
+        Returns
+        -------
+        int
+            Pages that took a fault.
+
+        Raises
+        ------
+        SegmentationFault, BusError
+            With the address, and the pages accessed before.
+        MemoryError
+            No frame for a page; the pages before it stay.
+        """
+        cdef u64 at = as_u64(addr, "addr")
+        cdef u64 bytes_ = as_u64(length, "length")
+        cdef bint writing = write
+        cdef u64 start = at & PAGE_MASK
+        cdef u64 end
+        cdef u64 faulted = 0
+        cdef u64 stopped = 0
+        cdef int why
+        cdef FrameBatch batch
+        range_in_space(at, bytes_)
+        end = page_align(at + bytes_)
+        self.enter()
+        with nogil:
+            batch_begin(&batch, self.mm.mem, (end - start) >> PAGE_SHIFT)
+            why = touch_range(self.mm, start, end, writing, &batch, &faulted, &stopped)
+            batch_end(&batch)
+        self.leave()
+        if why:
+            access_error(why, stopped if stopped > at else at, (stopped - start) >> PAGE_SHIFT)
+        return faulted
+
+    # ---- processes
+
+    def fork(self):
+        """
+        A copy-on-write child.  The parent's ``wrprotect_page`` fires for each page-table entry that loses its write permission; the
+        child starts with no ops.
+
+        Returns
+        -------
+        AddressSpace
+        """
+        cdef MM *child
+        cdef AddressSpace face
+        self.enter()
+        with nogil:
+            child = mm_fork(self.mm)
+        if child == NULL:
+            self.leave()
+            raise MemoryError("fork")
+        face = AddressSpace.__new__(AddressSpace, self.mem)
+        mm_teardown(face.mm)
+        del alive[<size_t> face.mm]
+        mm_free(face.mm)
+        face.adopt(self.mem, child)
+        self.leave()
+        return face
+
+    def exit(self):
+        """
+        The end of the process: ``release`` of each ops, newest first and already unlinked; then everything is unmapped, which
+        fires nothing.  Every other operation afterwards raises ESRCH; a second ``exit`` does nothing.
+        """
+        cdef void *outer = thread_inside()
+        if self.mm == NULL:
+            return
+        # garbage collection in a callback may end up here: nobody else can have this address space then
+        if outer != NULL and self.mm.locked and self.mm.owner == pthread_self():
+            raise RuntimeError("a hook callback may look at an address space and may not change it")
+        self.lock()
+        thread_set_inside(self.mm)
+        if not self.mm.dead:
+            with nogil:
+                mm_teardown(self.mm)
+            chain_owners(self.mm, None)
+        thread_set_inside(outer)
+        mm_unlock(self.mm)
+        if outer == NULL:
+            raise_pending()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.exit()
+
+    # ---- hooks
+
+    def register_ops(self, Ops ops not None, addr=None, length=None):
+        """
+        Attach a device: to the address space, at the head of its chain, or to the VMAs of a range.
+
+        Parameters
+        ----------
+        ops : Ops
+            May be attached to several address spaces and VMAs.
+        addr, length : int, optional
+            Both or neither.  VMAs are split at the edges of the range.
+
+        Raises
+        ------
+        OSError
+            EEXIST: it is on that chain already (nothing changed).  EINVAL: `addr` is no page, or an empty range.  ENOMEM: the range has a
+            hole (the VMAs before it are attached, as mbind does), or too many mappings.
+        """
+        self.change_chains(ops, addr, length, True)
+
+    def unregister_ops(self, Ops ops not None, addr=None, length=None):
+        """
+        Detach a device from the address space's chain, or from the VMAs of a range that have it.  EINVAL if there is none.
+        A walk in another thread is waited for: no callback runs after this returned.
+        """
+        self.change_chains(ops, addr, length, False)
+
+    cdef int change_chains(self, Ops ops, object addr, object length, bint register) except -1:
+        cdef u64 at = 0
+        cdef u64 bytes_ = 0
+        cdef bint whole = addr is None
+        cdef int error
+        if (addr is None) != (length is None):
+            raise TypeError("addr and length: give both or neither")
+        if not whole:
+            at = as_u64(addr, "addr")
+            bytes_ = as_u64(length, "length")
+        self.enter()
+        with nogil:
+            if whole:
+                error = mm_register(self.mm, &ops.ops) if register else mm_unregister(self.mm, &ops.ops)
+            elif register:
+                error = vma_register(self.mm, &ops.ops, at, bytes_)
+            else:
+                error = vma_unregister(self.mm, &ops.ops, at, bytes_)
+        chain_owners(self.mm, ops)
+        self.leave()
+        if error:
+            raise syscall_error(error, "")
+        return 0
+
+    # ---- looking
+
+    def vmas(self):
+        """list of VMA: the mappings, in address order."""
+        cdef list result = []
+        cdef const VMArea *vma
+        self.look_begin()
+        vma = self.mm.first
+        while vma != NULL:
+            result.append(vma_face(vma))
+            vma = vma.next
+        self.look_end()
+        return result
+
+    def pagemap(self, addr, length):
+        """
+        The page-table entries of a range.
+
+        Parameters
+        ----------
+        addr, length : int
+            Rounded out to pages.
+
+        Returns
+        -------
+        ndarray
+            One row per page: ``present swapped writable dirty young zero shared`` (bool; `zero`: the shared zero page, `shared`: the
+            frame is mapped more than once), ``pfn`` (uint64, 0 where there is none).
+        """
+        cdef u64 at = as_u64(addr, "addr")
+        cdef u64 bytes_ = as_u64(length, "length")
+        cdef u64 start = at & PAGE_MASK
+        cdef u64 pages
+        cdef Py_buffer view
+        range_in_space(at, bytes_)
+        pages = (page_align(at + bytes_) - start) >> PAGE_SHIFT
+        rows = np.empty(pages, PAGEMAP_DTYPE)
+        PyObject_GetBuffer(rows.view(np.uint8), &view, PyBUF_SIMPLE | PyBUF_WRITABLE)
+        try:
+            self.look_begin()
+            pagemap_fill(self.mm, start, pages, <PageRow *> view.buf)
+            self.look_end()
+        finally:
+            PyBuffer_Release(&view)
+        return rows
+
+    @property
+    def stats(self):
+        """
+        dict: ``faults`` and their kinds (``faults_zero _anon _file _reuse _cow``), ``map_count``, ``total_pages``, ``rss_pages``; ``hooks``
+        (chains walked) and ``callbacks`` (run), by callback name; ``chain_nodes`` visited.  Hooks are counted only where a
+        chain exists.
+        """
+        cdef MM *mm = self.mm
+        self.look_begin()
+        result = {
+            "faults": mm.faults.zero + mm.faults.anon + mm.faults.file + mm.faults.reuse + mm.faults.cow,
+            "faults_zero": mm.faults.zero, "faults_anon": mm.faults.anon, "faults_file": mm.faults.file,
+            "faults_reuse": mm.faults.reuse, "faults_cow": mm.faults.cow,
+            "map_count": mm.map_count, "total_pages": mm.total_pages, "rss_pages": mm.rss,
+            "hooks": hook_dict(mm.hooks.walks), "callbacks": hook_dict(mm.hooks.callbacks), "chain_nodes": mm.hooks.cells,
+        }
+        self.look_end()
+        return result
+
+    def __repr__(self):
+        cdef MM *mm = self.mm
+        state = "exited" if mm.dead else f"{mm.map_count} VMAs, {mm.rss} pages resident"
+        return f"<ioproc.AddressSpace at {<size_t> mm:#x}: {state}>"
+
+
+cdef int mm_read(MM *mm, u64 addr, char *data, u64 count, u64 *completed) noexcept nogil:
+    cdef FrameBatch batch
+    cdef u64 part
+    cdef u64 *pte
+    cdef char *contents
+    cdef int why = ACCESS_OK
+    batch_begin(&batch, mm.mem, (count >> PAGE_SHIFT) + 2)
+    while completed[0] < count:
+        part = PAGE_SIZE - (addr & (PAGE_SIZE - 1))
+        if part > count - completed[0]:
+            part = count - completed[0]
+        why = access_page(mm, addr, False, &batch, &pte)
+        if why:
+            break
+        contents = NULL if pte[0] & PTE_ZERO else frame_at(mm.mem, pte_pfn(pte[0])).contents
+        if contents != NULL:
+            memcpy(data + completed[0], contents + (addr & (PAGE_SIZE - 1)), part)
+        else:
+            memset(data + completed[0], 0, part)
+        addr += part
+        completed[0] += part
+    batch_end(&batch)
+    return why
+
+
+cdef int mm_write(MM *mm, u64 addr, const char *data, u64 count, u64 *completed) noexcept nogil:
+    cdef FrameBatch batch
+    cdef u64 part
+    cdef u64 *pte
+    cdef char *contents
+    cdef int why = ACCESS_OK
+    batch_begin(&batch, mm.mem, (count >> PAGE_SHIFT) + 2)
+    while completed[0] < count:
+        part = PAGE_SIZE - (addr & (PAGE_SIZE - 1))
+        if part > count - completed[0]:
+            part = count - completed[0]
+        why = access_page(mm, addr, True, &batch, &pte)
+        if why:
+            break
+        contents = frame_contents(mm.mem, pte_pfn(pte[0]))
+        if contents == NULL:
+            why = ACCESS_OOM
+            break
+        memcpy(contents + (addr & (PAGE_SIZE - 1)), data + completed[0], part)
+        addr += part
+        completed[0] += part
+    batch_end(&batch)
+    return why
+
+
+cdef char *frame_contents(Memory *mem, u64 pfn) noexcept nogil:
+    """The frame's buffer, made at the first write; another address space may be making it too."""
+    cdef Frame *frame = frame_at(mem, pfn)
+    cdef char *contents
+    pthread_mutex_lock(&mem.lock)
+    if frame.contents == NULL:
+        frame.contents = <char *> calloc(1, PAGE_SIZE)
+    contents = frame.contents
+    pthread_mutex_unlock(&mem.lock)
+    return contents

@@ -1,0 +1,277 @@
+# Page faults: what an access to a page without a usable page-table entry does, and the hooks it fires.
+from libc.stdint cimport uint64_t as u64
+from ioproc.hooks.chain cimport INVALIDATE_PAGE, UPDATE_PAGE, likely, unlikely
+from ioproc.vm.fire cimport fire_page
+from ioproc.vm.frames cimport (
+    ONE_REFERENCE, Frame, FrameBatch, batch_free, batch_take, frame_at, frame_copy_contents, frame_unmap, pool_give, pool_take)
+from ioproc.vm.mm cimport (
+    MM, PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, PTE_DIRTY, PTE_EXCLUSIVE, PTE_PRESENT, PTE_USER, PTE_WRITE, PTE_YOUNG, PTE_ZERO,
+    VM_ACCESS, VM_SHARED, VM_WRITE, AnonVMA, FileCache, Memory, Table, VMArea, atomic_add, atomic_load, atomic_store, check,
+    page_align, pthread_mutex_lock, pthread_mutex_unlock, vma_index)
+from ioproc.vm.page_table cimport leaf_drop, leaf_find, leaf_make, pte_set, table_index
+from ioproc.vm.rmap cimport anon_is_singular, anon_join, anon_new
+from ioproc.vm.vma cimport vma_find
+
+# Why an access failed; positive, so that it never meets an errno's negative.
+cdef enum Access:
+    ACCESS_OK = 0
+    ACCESS_SEGV = 1             # no mapping, or not allowed
+    ACCESS_BUS = 2              # beyond the file's last page
+    ACCESS_OOM = 3              # no frame, or no memory for a table
+
+
+cdef inline u64 pte_make(u64 pfn, u64 bits) noexcept nogil:
+    return pfn << PAGE_SHIFT | bits
+
+
+cdef inline u64 pte_pfn(u64 pte) noexcept nogil:
+    return pte >> PAGE_SHIFT
+
+
+cdef inline bint pte_allows(u64 pte, bint write) noexcept nogil:
+    """The access goes through without a fault."""
+    cdef u64 needed = PTE_PRESENT | PTE_USER | (PTE_WRITE if write else 0)
+    return pte & needed == needed
+
+
+cdef inline bint vma_allows(const VMArea *vma, bint write) noexcept nogil:
+    """x86: what may be written or executed may be read."""
+    return vma.flags & VM_WRITE != 0 if write else vma.flags & VM_ACCESS != 0
+
+
+cdef inline bint anon_could_share(const VMArea *low, const VMArea *high) noexcept nogil:
+    """Neighbours that differ at most in protection, as mprotect makes them: they may merge again some day."""
+    return (low.end == high.start and low.file == high.file and low.chain == high.chain
+            and (low.flags ^ high.flags) & ~<u64> VM_ACCESS == 0
+            and vma_index(low, low.end) == high.pgoff)
+
+
+cdef inline bint anon_prepare(VMArea *vma) noexcept nogil:
+    """An AnonVMA for the first anonymous page: a neighbour's if the two could merge, else a new one."""
+    cdef VMArea *near = NULL
+    cdef bint done
+    if likely(vma.anon != NULL):
+        return True
+    if vma.next != NULL and vma.next.anon != NULL and anon_is_singular(vma.next) and anon_could_share(vma, vma.next):
+        near = vma.next
+    elif vma.prev != NULL and vma.prev.anon != NULL and anon_is_singular(vma.prev) and anon_could_share(vma.prev, vma):
+        near = vma.prev
+    pthread_mutex_lock(&vma.mm.mem.lock)
+    done = anon_join(vma, near) if near != NULL else anon_new(vma, NULL) != NULL
+    pthread_mutex_unlock(&vma.mm.mem.lock)
+    return done
+
+
+cdef inline void frame_own(Frame *frame, VMArea *vma, u64 addr) noexcept nogil:
+    """A frame mapped once, by an anonymous page of `vma`."""
+    frame.owner = <u64> vma.anon | 1
+    frame.index = vma_index(vma, addr)
+
+
+cdef inline u64 file_page(FileCache *file, u64 index) noexcept nogil:
+    """The page-cache frame of a page, read in if need be; 0: no frame or no memory.  Memory.lock is held."""
+    cdef Table *leaf = leaf_make(file.pages, index << PAGE_SHIFT)
+    cdef u64 slot = index & 511
+    cdef u64 pfn
+    cdef Frame *frame
+    if leaf == NULL:
+        return 0
+    if leaf.entry[slot]:
+        return leaf.entry[slot]
+    pfn = pool_take(file.mem)
+    if pfn == 0:
+        leaf_drop(file.pages, index << PAGE_SHIFT)
+        return 0
+    frame = &file.mem.frames[pfn]
+    frame.counts = ONE_REFERENCE
+    frame.owner = <u64> file
+    frame.index = index
+    pte_set(leaf, slot, pfn)
+    return pfn
+
+
+cdef inline u64 vma_pte_bits(const VMArea *vma) noexcept nogil:
+    return PTE_PRESENT | (PTE_USER if vma.flags & VM_ACCESS else 0)
+
+
+cdef inline int fault_anonymous(MM *mm, VMArea *vma, u64 addr, Table *leaf, bint write, FrameBatch *batch) noexcept nogil:
+    cdef u64 index = table_index(addr, 0)
+    cdef u64 pfn
+    cdef Frame *frame
+    if not write:
+        pte_set(leaf, index, PTE_ZERO | PTE_YOUNG | vma_pte_bits(vma))
+        mm.faults.zero += 1
+        fire_page(mm, UPDATE_PAGE, vma, addr)
+        return ACCESS_OK
+    if unlikely(vma.anon == NULL) and not anon_prepare(vma):
+        return ACCESS_OOM
+    pfn = batch_take(batch)
+    if unlikely(pfn == 0):
+        return ACCESS_OOM
+    frame = frame_at(mm.mem, pfn)
+    frame.counts = 1
+    frame_own(frame, vma, addr)
+    pte_set(leaf, index, pte_make(pfn, PTE_PRESENT | PTE_USER | PTE_WRITE | PTE_YOUNG | PTE_DIRTY | PTE_EXCLUSIVE))
+    mm.rss += 1
+    mm.faults.anon += 1
+    fire_page(mm, UPDATE_PAGE, vma, addr)
+    return ACCESS_OK
+
+
+cdef inline int fault_file(MM *mm, VMArea *vma, u64 addr, Table *leaf, bint write, FrameBatch *batch) noexcept nogil:
+    cdef Memory *mem = mm.mem
+    cdef FileCache *file = vma.file
+    cdef u64 index = vma_index(vma, addr)
+    cdef u64 bits = PTE_YOUNG | vma_pte_bits(vma)
+    cdef bint copy = write and not vma.flags & VM_SHARED
+    cdef u64 pfn, page
+    cdef Frame *frame
+    if index >= page_align(file.size) >> PAGE_SHIFT:
+        return ACCESS_BUS
+    if copy and not anon_prepare(vma):
+        return ACCESS_OOM
+    pthread_mutex_lock(&mem.lock)
+    page = file_page(file, index)
+    if page != 0 and not copy:
+        atomic_add(&mem.frames[page].counts, 1)
+    pthread_mutex_unlock(&mem.lock)
+    if page == 0:
+        return ACCESS_OOM
+    pfn = page
+    if copy:                                # a write to a private mapping copies early: the page is never mapped
+        pfn = batch_take(batch)
+        if pfn == 0:
+            return ACCESS_OOM
+        frame = frame_at(mem, pfn)
+        if not frame_copy_contents(frame, frame_at(mem, page)):
+            batch_free(batch, pfn)
+            return ACCESS_OOM
+        frame.counts = 1
+        frame_own(frame, vma, addr)
+        bits |= PTE_WRITE | PTE_DIRTY | PTE_EXCLUSIVE
+    elif vma.flags & VM_SHARED and vma.flags & VM_WRITE:
+        bits |= PTE_WRITE | (PTE_DIRTY if write else 0)
+    pte_set(leaf, table_index(addr, 0), pte_make(pfn, bits))
+    mm.rss += 1
+    mm.faults.file += 1
+    fire_page(mm, UPDATE_PAGE, vma, addr)
+    return ACCESS_OK
+
+
+cdef inline int fault_write_protect(MM *mm, VMArea *vma, u64 addr, u64 *pte, FrameBatch *batch) noexcept nogil:
+    """A write to a present page that is not writable, in a VMA that is."""
+    cdef u64 old = pte_pfn(pte[0])
+    cdef Frame *frame
+    cdef u64 pfn
+    if vma.flags & VM_SHARED:
+        pte[0] |= PTE_WRITE | PTE_DIRTY | PTE_YOUNG
+        mm.faults.reuse += 1
+        fire_page(mm, UPDATE_PAGE, vma, addr)
+        return ACCESS_OK
+    if not pte[0] & PTE_ZERO:
+        frame = frame_at(mm.mem, old)
+        if atomic_load(&frame.counts) == 1 and frame.owner & 1:
+            frame_own(frame, vma, addr)     # from now on found here, not in the parent it came from
+            pte[0] |= PTE_WRITE | PTE_DIRTY | PTE_YOUNG | PTE_EXCLUSIVE
+            mm.faults.reuse += 1
+            fire_page(mm, UPDATE_PAGE, vma, addr)
+            return ACCESS_OK
+    if unlikely(vma.anon == NULL) and not anon_prepare(vma):
+        return ACCESS_OOM
+    pfn = batch_take(batch)
+    if unlikely(pfn == 0):
+        return ACCESS_OOM
+    frame = frame_at(mm.mem, pfn)
+    if not pte[0] & PTE_ZERO and not frame_copy_contents(frame, frame_at(mm.mem, old)):
+        batch_free(batch, pfn)
+        return ACCESS_OOM
+    fire_page(mm, INVALIDATE_PAGE, vma, addr)
+    frame.counts = 1
+    frame_own(frame, vma, addr)
+    if pte[0] & PTE_ZERO:
+        mm.rss += 1
+    else:
+        frame_unmap(batch, old)
+    pte[0] = pte_make(pfn, PTE_PRESENT | PTE_USER | PTE_WRITE | PTE_YOUNG | PTE_DIRTY | PTE_EXCLUSIVE)
+    mm.faults.cow += 1
+    fire_page(mm, UPDATE_PAGE, vma, addr)
+    return ACCESS_OK
+
+
+cdef inline int fault(MM *mm, VMArea *vma, u64 addr, Table **leaf, bint write, FrameBatch *batch) noexcept nogil:
+    """
+    One page fault at `addr` (page aligned) in `vma`, which allows the access.  *leaf is the page table of `addr` or NULL;
+    it is made if need be.  On anything but ACCESS_OK the page is as before.
+    """
+    cdef u64 *pte
+    cdef int result
+    if leaf[0] == NULL:
+        leaf[0] = leaf_make(mm.root, addr)
+        if leaf[0] == NULL:
+            return ACCESS_OOM
+    pte = &leaf[0].entry[table_index(addr, 0)]
+    if pte[0] & PTE_PRESENT:
+        return fault_write_protect(mm, vma, addr, pte, batch)
+    if vma.file == NULL:
+        result = fault_anonymous(mm, vma, addr, leaf[0], write, batch)
+    else:
+        result = fault_file(mm, vma, addr, leaf[0], write, batch)
+    if unlikely(result != ACCESS_OK) and leaf[0].used == 0:
+        leaf_drop(mm.root, addr)
+        leaf[0] = NULL
+    return result
+
+
+cdef inline int access_page(MM *mm, u64 addr, bint write, FrameBatch *batch, u64 **pte) noexcept nogil:
+    """One access to the page of `addr`: *pte is its entry, with the accessed and dirty bits set.  0, or why not."""
+    cdef Table *leaf = leaf_find(mm.root, addr)
+    cdef u64 index = table_index(addr, 0)
+    cdef VMArea *vma
+    cdef int result
+    if leaf == NULL or not pte_allows(leaf.entry[index], write):
+        vma = vma_find(mm, addr)
+        if vma == NULL or addr < vma.start or not vma_allows(vma, write):
+            return ACCESS_SEGV
+        result = fault(mm, vma, addr & PAGE_MASK, &leaf, write, batch)
+        if result != ACCESS_OK:
+            return result
+    pte[0] = &leaf.entry[index]
+    pte[0][0] |= PTE_YOUNG | (PTE_DIRTY if write else 0)
+    return ACCESS_OK
+
+
+cdef inline int touch_range(MM *mm, u64 start, u64 end, bint write, FrameBatch *batch,
+                            u64 *faulted, u64 *stopped) noexcept nogil:
+    """
+    One access to each page of [start, end), page aligned.  *faulted: pages that took a fault; *stopped: the first page
+    not accessed, when the result says why.  One VMA lookup per VMA, one walk per page table.
+    """
+    cdef u64 addr = start
+    cdef u64 used_bits = PTE_YOUNG | (PTE_DIRTY if write else 0)
+    cdef VMArea *vma = NULL
+    cdef Table *leaf
+    cdef u64 index, stop
+    cdef int result = ACCESS_OK
+    faulted[0] = 0
+    while addr < end:
+        leaf = leaf_find(mm.root, addr)
+        stop = ((addr >> 21) + 1) << 21
+        if stop > end:
+            stop = end
+        while addr < stop:
+            index = table_index(addr, 0)
+            if leaf != NULL and pte_allows(leaf.entry[index], write):
+                leaf.entry[index] |= used_bits
+            else:
+                if vma == NULL or addr >= vma.end:
+                    vma = vma_find(mm, addr)
+                if vma == NULL or addr < vma.start or not vma_allows(vma, write):
+                    result = ACCESS_SEGV
+                else:
+                    result = fault(mm, vma, addr, &leaf, write, batch)
+                if unlikely(result != ACCESS_OK):
+                    stopped[0] = addr
+                    return result
+                faulted[0] += 1
+            addr += PAGE_SIZE
+    return ACCESS_OK

@@ -1,0 +1,44 @@
+# Hook sites.  Nothing registered costs one load and one test; both placements are walked only past that test.
+#
+# Order: the address space's chain, with the range whole; then each VMA's chain, clipped to the VMA, in address order.
+from libc.stdint cimport uint32_t as u32, uint64_t as u64
+from ioproc.hooks.chain cimport ioproc_vma, walk_page, walk_protection, walk_range
+from ioproc.vm.mm cimport HOOKED, MM, VMArea
+
+
+cdef inline void fire_page_slow(MM *mm, int kind, VMArea *vma, u64 addr) noexcept nogil:
+    if mm.chain != NULL:
+        walk_page(mm.chain, &mm.hooks, kind, <ioproc_vma *> vma, addr)
+    if vma.chain != NULL:
+        walk_page(vma.chain, &mm.hooks, kind, <ioproc_vma *> vma, addr)
+
+
+cdef inline void fire_page(MM *mm, int kind, VMArea *vma, u64 addr) noexcept nogil:
+    if HOOKED(mm):
+        fire_page_slow(mm, kind, vma, addr)
+
+
+cdef inline void fire_range_slow(MM *mm, int kind, VMArea *first, u64 start, u64 end) noexcept nogil:
+    cdef VMArea *vma = first
+    if mm.chain != NULL:
+        walk_range(mm.chain, &mm.hooks, kind, <ioproc_vma *> first, start, end)
+    while vma != NULL and vma.start < end:
+        if vma.chain != NULL:
+            walk_range(vma.chain, &mm.hooks, kind, <ioproc_vma *> vma,
+                       vma.start if vma.start > start else start, vma.end if vma.end < end else end)
+        vma = vma.next
+
+
+cdef inline void fire_range(MM *mm, int kind, VMArea *first, u64 start, u64 end) noexcept nogil:
+    """`first`: the first VMA that overlaps [start, end)."""
+    if HOOKED(mm):
+        fire_range_slow(mm, kind, first, start, end)
+
+
+cdef inline void fire_protection(MM *mm, VMArea *vma, u64 start, u64 end, u32 newprot) noexcept nogil:
+    """[start, end) lies in `vma`."""
+    if HOOKED(mm):
+        if mm.chain != NULL:
+            walk_protection(mm.chain, &mm.hooks, <ioproc_vma *> vma, start, end, newprot)
+        if vma.chain != NULL:
+            walk_protection(vma.chain, &mm.hooks, <ioproc_vma *> vma, start, end, newprot)

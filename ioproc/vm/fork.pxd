@@ -1,0 +1,56 @@
+# fork's copy of page-table entries.
+from libc.stdint cimport uint64_t as u64
+from ioproc.hooks.chain cimport WRPROTECT_PAGE, unlikely
+from ioproc.vm.fire cimport fire_page
+from ioproc.vm.frames cimport frame_at, frame_map_again
+from ioproc.vm.mm cimport (
+    MM, PAGE_SIZE, PTE_DIRTY, PTE_EXCLUSIVE, PTE_WRITE, PTE_YOUNG, PTE_ZERO, VM_SHARED, Memory, Table, VMArea, HOOKED)
+from ioproc.vm.page_table cimport leaf_drop, leaf_make, leaf_next, table_index
+
+
+cdef inline bint fork_range(MM *parent, MM *child, VMArea *vma) noexcept nogil:
+    """
+    Copy the entries of the parent's `vma`.  Private pages become copy-on-write in both: each entry of the parent that
+    loses its write permission fires wrprotect_page before it does.  False: no memory for a table.
+    """
+    cdef u64 addr = vma.start
+    cdef u64 stop, pte, i, first, copied, frames
+    cdef Memory *mem = parent.mem
+    cdef bint private = not vma.flags & VM_SHARED
+    cdef bint hooked = HOOKED(parent)
+    cdef u64 lost = PTE_WRITE | PTE_EXCLUSIVE if private else 0
+    cdef u64 fresh = ~<u64> (PTE_YOUNG | (0 if private else PTE_DIRTY))
+    cdef Table *leaf
+    cdef Table *copy
+    while True:
+        leaf = leaf_next(parent.root, &addr, vma.end)
+        if leaf == NULL:
+            return True
+        stop = ((addr >> 21) + 1) << 21
+        if stop > vma.end:
+            stop = vma.end
+        copy = leaf_make(child.root, addr)
+        if unlikely(copy == NULL):
+            return False
+        first = table_index(addr, 0)
+        copied = 0
+        frames = 0
+        for i in range(first, first + ((stop - addr) >> 12)):
+            pte = leaf.entry[i]
+            if pte == 0:
+                continue
+            if pte & lost:
+                if hooked and pte & PTE_WRITE:
+                    fire_page(parent, WRPROTECT_PAGE, vma, addr + (i - first) * PAGE_SIZE)
+                pte &= ~lost
+                leaf.entry[i] = pte
+            copy.entry[i] = pte & fresh
+            copied += 1
+            if not pte & PTE_ZERO:
+                frames += 1
+                frame_map_again(frame_at(mem, pte >> 12))
+        copy.used += copied
+        if copied == 0:
+            leaf_drop(child.root, addr)
+        child.rss += frames
+        addr = stop

@@ -1,0 +1,165 @@
+# Physical frames: allocation in batches, mapping counts, contents.
+from libc.stdint cimport uint64_t as u64
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy, memset
+from ioproc.hooks.chain cimport likely, unlikely
+from ioproc.vm.mm cimport (
+    PAGE_SHIFT, PAGE_SIZE, Frame, Memory, atomic_add, atomic_load, atomic_store, atomic_sub, check,
+    pthread_mutex_lock, pthread_mutex_unlock)
+
+cdef enum:
+    BATCH = 64
+
+cdef extern from * nogil:
+    """
+    #define IOPROC_ONE_REFERENCE (1ULL << 32)
+    #define IOPROC_MAPCOUNT(counts) ((counts) & 0xffffffffULL)
+    """
+    const u64 ONE_REFERENCE "IOPROC_ONE_REFERENCE"
+    u64 mapcount_of "IOPROC_MAPCOUNT"(u64 counts)
+
+# Frames on their way between the pool and one operation, so that its lock is taken once per batch.
+cdef struct FrameBatch:
+    Memory *mem
+    u64 wanted                  # frames the operation may still need: never take more
+    u64 n
+    u64 pfn[BATCH]
+    u64 freed                   # list of frames to give back, by pfn
+    u64 freed_tail
+    u64 nfreed
+
+
+cdef inline Frame *frame_at(const Memory *mem, u64 pfn) noexcept nogil:
+    check(pfn <= mem.nframes)
+    return &mem.frames[pfn]
+
+
+cdef inline u64 pool_take(Memory *mem) noexcept nogil:
+    """One frame, 0 if there is none.  Memory.lock is held."""
+    cdef u64 pfn = mem.free_list
+    if mem.nfree == 0:
+        return 0
+    mem.nfree -= 1
+    if pfn != 0:
+        mem.free_list = mem.frames[pfn].index
+        return pfn
+    pfn = mem.fresh
+    mem.fresh += 1
+    return pfn
+
+
+cdef inline void pool_give(Memory *mem, u64 pfn) noexcept nogil:
+    """Memory.lock is held."""
+    mem.frames[pfn].index = mem.free_list
+    mem.free_list = pfn
+    mem.nfree += 1
+
+
+cdef inline void batch_begin(FrameBatch *batch, Memory *mem, u64 wanted) noexcept nogil:
+    batch.mem = mem
+    batch.wanted = wanted
+    batch.n = 0
+    batch.nfreed = 0
+    batch.freed = 0
+    batch.freed_tail = 0
+
+
+cdef inline void batch_return_freed(FrameBatch *batch) noexcept nogil:
+    """Memory.lock is held."""
+    if batch.nfreed:
+        batch.mem.frames[batch.freed_tail].index = batch.mem.free_list
+        batch.mem.free_list = batch.freed
+        batch.mem.nfree += batch.nfreed
+        batch.nfreed = 0
+        batch.freed = 0
+        batch.freed_tail = 0
+
+
+cdef inline void batch_refill(FrameBatch *batch) noexcept nogil:
+    cdef Memory *mem = batch.mem
+    cdef u64 count = batch.wanted if batch.wanted < BATCH else BATCH
+    cdef u64 pfn, i
+    if count == 0:
+        count = 1
+    pthread_mutex_lock(&mem.lock)
+    batch_return_freed(batch)
+    if mem.nfree < count:
+        count = mem.nfree
+    # Taken from the end of pfn[]: fill it downwards, so that a range gets ascending frames.
+    mem.nfree -= count
+    i = count
+    while i:
+        i -= 1
+        pfn = mem.free_list
+        if pfn != 0:
+            mem.free_list = mem.frames[pfn].index
+        else:
+            pfn = mem.fresh
+            mem.fresh += 1
+        batch.pfn[i] = pfn
+    pthread_mutex_unlock(&mem.lock)
+    batch.n = count
+
+
+cdef inline u64 batch_take(FrameBatch *batch) noexcept nogil:
+    """One frame for the operation, 0 if there is none."""
+    if unlikely(batch.n == 0):
+        batch_refill(batch)
+        if batch.n == 0:
+            return 0
+    batch.n -= 1
+    if batch.wanted:
+        batch.wanted -= 1
+    return batch.pfn[batch.n]
+
+
+cdef inline void batch_free(FrameBatch *batch, u64 pfn) noexcept nogil:
+    """Nobody maps or references the frame any more."""
+    cdef Frame *frame = frame_at(batch.mem, pfn)
+    if unlikely(frame.contents != NULL):
+        free(frame.contents)
+        frame.contents = NULL
+    frame.counts = 0
+    frame.owner = 0
+    frame.index = batch.freed
+    if batch.freed == 0:
+        batch.freed_tail = pfn
+    batch.freed = pfn
+    batch.nfreed += 1
+
+
+cdef inline void batch_end(FrameBatch *batch) noexcept nogil:
+    if batch.n == 0 and batch.nfreed == 0:
+        return
+    pthread_mutex_lock(&batch.mem.lock)
+    batch_return_freed(batch)
+    while batch.n:
+        batch.n -= 1
+        pool_give(batch.mem, batch.pfn[batch.n])
+    pthread_mutex_unlock(&batch.mem.lock)
+
+
+# Counts.  A frame whose only count is one mapping can be reached by nobody but the address space that maps it, and its
+# lock is held: there a plain store will do.  Every other change is atomic.
+cdef inline void frame_map_again(Frame *frame) noexcept nogil:
+    if likely(atomic_load(&frame.counts) == 1):
+        atomic_store(&frame.counts, 2)
+    else:
+        atomic_add(&frame.counts, 1)
+
+
+cdef inline void frame_unmap(FrameBatch *batch, u64 pfn) noexcept nogil:
+    cdef Frame *frame = frame_at(batch.mem, pfn)
+    if atomic_load(&frame.counts) == 1 or atomic_sub(&frame.counts, 1) == 0:
+        batch_free(batch, pfn)
+
+
+cdef inline bint frame_copy_contents(Frame *to, const Frame *source) noexcept nogil:
+    """False: no memory for a buffer."""
+    if source.contents == NULL:
+        return True
+    to.contents = <char *> malloc(PAGE_SIZE)
+    if to.contents == NULL:
+        return False
+    memcpy(to.contents, source.contents, PAGE_SIZE)
+    return True

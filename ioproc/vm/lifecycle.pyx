@@ -1,0 +1,141 @@
+# The beginning and end of address spaces, files and physical memory; fork.
+from libc.stdint cimport UINT64_MAX
+
+
+cdef FileCache *file_new(Memory *mem, u64 size) noexcept nogil:
+    """With one reference for the caller; NULL: no memory."""
+    cdef FileCache *file = <FileCache *> calloc(1, sizeof(FileCache))
+    if file == NULL:
+        return NULL
+    file.pages = table_new()
+    if file.pages == NULL:
+        free(file)
+        return NULL
+    file.mem = mem
+    file.size = size
+    file.refs = 1
+    return file
+
+
+cdef void file_free(FileCache *file) noexcept nogil:
+    """Nobody refers to it any more: its page cache goes."""
+    cdef FrameBatch batch
+    cdef Table *leaf
+    cdef u64 addr = 0
+    cdef u64 i
+    batch_begin(&batch, file.mem, 0)
+    while True:
+        leaf = leaf_next(file.pages, &addr, 1ULL << 48)
+        if leaf == NULL:
+            break
+        for i in range(512):
+            if leaf.entry[i]:
+                batch_free(&batch, leaf.entry[i])
+        addr += 1 << 21
+    batch_end(&batch)
+    table_free(file.pages, 3)
+    free(file)
+
+
+cdef void file_put(FileCache *file) noexcept nogil:
+    cdef bint last
+    pthread_mutex_lock(&file.mem.lock)
+    file.refs -= 1
+    last = file.refs == 0
+    pthread_mutex_unlock(&file.mem.lock)
+    if last:
+        file_free(file)
+
+
+cdef Memory *memory_new(u64 frames) noexcept nogil:
+    cdef Memory *mem = <Memory *> calloc(1, sizeof(Memory))
+    if mem == NULL:
+        return NULL
+    mem.frames = <Frame *> calloc(frames + 1, sizeof(Frame))    # untouched until used
+    if mem.frames == NULL:
+        free(mem)
+        return NULL
+    mem.nframes = frames
+    mem.nfree = frames
+    mem.fresh = 1
+    pthread_mutex_init(&mem.lock, NULL)
+    return mem
+
+
+cdef void memory_free(Memory *mem) noexcept nogil:
+    pthread_mutex_destroy(&mem.lock)
+    free(mem.frames)
+    free(mem)
+
+
+cdef MM *mm_new(Memory *mem) noexcept nogil:
+    cdef MM *mm = <MM *> calloc(1, sizeof(MM))
+    if mm == NULL:
+        return NULL
+    mm.root = table_new()
+    if mm.root == NULL:
+        free(mm)
+        return NULL
+    pthread_mutex_init(&mm.lock, NULL)
+    mm.mem = mem
+    mm.seed = 0x9e3779b97f4a7c15
+    mm.max_map_count = 65530
+    mm.limit_as = UINT64_MAX
+    mm.limit_data = UINT64_MAX
+    return mm
+
+
+cdef void mm_teardown(MM *mm) noexcept nogil:
+    """Release each ops, then take everything away: no hook fires for that."""
+    cdef FrameBatch batch
+    chains_release(mm)
+    batch_begin(&batch, mm.mem, 0)
+    zap_range(mm, 0, TASK_SIZE, &batch)
+    batch_end(&batch)
+    while mm.first != NULL:
+        vma_remove(mm, mm.first)
+    mm.dead = True
+
+
+cdef void mm_free(MM *mm) noexcept nogil:
+    """After mm_teardown."""
+    table_free(mm.root, 3)
+    pthread_mutex_destroy(&mm.lock)
+    free(mm)
+
+
+cdef bint fork_vmas(MM *parent, MM *child) noexcept nogil:
+    cdef VMArea *vma = parent.first
+    cdef VMArea *copy
+    cdef bint done
+    while vma != NULL:
+        if not vma.flags & VM_DONTCOPY:
+            copy = vma_new(child, vma.start, vma.end, vma.pgoff, vma.flags & ~<u64> VM_LOCKED, vma.file)
+            if copy == NULL:
+                return False
+            pthread_mutex_lock(&parent.mem.lock)
+            done = anon_fork(copy, vma)
+            pthread_mutex_unlock(&parent.mem.lock)
+            vma_insert(child, copy)
+            # what was never written privately can be faulted in again
+            if not done or (vma.anon != NULL and not fork_range(parent, child, vma)):
+                return False
+        vma = vma.next
+    return True
+
+
+cdef MM *mm_fork(MM *parent) noexcept nogil:
+    """The child, with no chain; NULL: no memory, and of the parent only pages have become copy-on-write."""
+    cdef MM *child = mm_new(parent.mem)
+    if child == NULL:
+        return NULL
+    child.start_brk = parent.start_brk
+    child.brk = parent.brk
+    child.max_map_count = parent.max_map_count
+    child.limit_as = parent.limit_as
+    child.limit_data = parent.limit_data
+    if not fork_vmas(parent, child):
+        mm_teardown(child)
+        mm_free(child)
+        return NULL
+    return child

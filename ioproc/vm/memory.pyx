@@ -1,0 +1,289 @@
+# PhysicalMemory and File: the faces of what address spaces share.
+
+cdef u64 as_u64(object value, str name) except? 0xfffffffffffffff1:
+    """An address, length or offset in bytes."""
+    cdef object number
+    try:
+        number = value.__index__()
+    except AttributeError:
+        raise TypeError(f"{name} = {value!r}: not an integer") from None
+    if not 0 <= number <= 0xffffffffffffffff:
+        raise ValueError(f"{name} = {value}: not in 0 .. 2**64 - 1")
+    return number
+
+
+cdef class PhysicalMemory:
+    """
+    PhysicalMemory(frames=65536)
+
+    Frames of 4096 bytes that address spaces and files take their pages from, and the shared zero page beside them.
+
+    Parameters
+    ----------
+    frames : int
+        How many.  One that was never used costs address space only; one in use 32 bytes, and 4096 more once it has contents.
+
+    Raises
+    ------
+    ValueError
+        `frames` is not in 1 .. 2**32.
+    """
+    cdef Memory *mem
+    cdef object __weakref__
+
+    def __cinit__(self, frames=65536):
+        cdef u64 count = as_u64(frames, "frames")
+        if not 1 <= count <= 1 << 32:
+            raise ValueError(f"frames = {frames}: not in 1 .. 2**32")
+        self.mem = memory_new(count)
+        if self.mem == NULL:
+            raise MemoryError(f"no memory to describe {frames} frames")
+
+    def __dealloc__(self):
+        if self.mem != NULL:
+            memory_free(self.mem)
+
+    @property
+    def stats(self):
+        """dict: ``frames``, ``frames_free``, ``frames_used``, now."""
+        cdef u64 left
+        with nogil:
+            pthread_mutex_lock(&self.mem.lock)
+            left = self.mem.nfree
+            pthread_mutex_unlock(&self.mem.lock)
+        return {"frames": self.mem.nframes, "frames_free": left, "frames_used": self.mem.nframes - left}
+
+    def mappings(self, pfn):
+        """
+        Who maps a frame, by the reverse map.
+
+        Parameters
+        ----------
+        pfn : int
+            As `AddressSpace.pagemap` gives it.  The zero page (0) has no reverse map.
+
+        Returns
+        -------
+        list of (AddressSpace, int)
+            Each page-table entry that maps the frame: its address space and address.  An address space that another
+            thread is using at the moment is waited for, except from a callback, which never waits: there it is left out.
+
+        Notes
+        -----
+        Costs a look at every VMA that may map pages of the frame's object, not a look at every page.
+        """
+        cdef u64 number = as_u64(pfn, "pfn")
+        cdef list candidates = []
+        cdef list found = []
+        cdef u64 *spots = NULL
+        cdef u64 count = 0
+        cdef u64 i
+        cdef AddressSpace space
+        cdef u64 *pte
+        if number > self.mem.nframes:
+            raise ValueError(f"pfn = {pfn}: this memory has {self.mem.nframes} frames")
+        with nogil:
+            pthread_mutex_lock(&self.mem.lock)
+            spots = rmap_candidates(frame_at(self.mem, number), &count)
+            pthread_mutex_unlock(&self.mem.lock)
+        if spots == NULL and count:
+            raise MemoryError("reverse map")
+        # an address space is destroyed under the GIL, which was let go above: only those still known count
+        try:
+            for i in range(count):
+                space = address_space_alive(<MM *> spots[2 * i])
+                if space is not None:
+                    candidates.append((space, spots[2 * i + 1]))
+        finally:
+            free(spots)
+        for space, addr in candidates:
+            if not space.look_begin(False):
+                continue
+            pte = pte_find(space.mm.root, addr)
+            if pte != NULL and pte[0] & PTE_PRESENT and not pte[0] & PTE_ZERO and pte_pfn(pte[0]) == number:
+                found.append((space, addr))
+            space.look_end()
+        return found
+
+    def __repr__(self):
+        stats = self.stats
+        return f"<ioproc.PhysicalMemory: {stats['frames_used']} of {stats['frames']} frames used>"
+
+
+cdef u64 *rmap_candidates(const Frame *frame, u64 *count) noexcept nogil:
+    """
+    (MM *, address) pairs where the frame may be mapped: the VMAs of its owner that cover its index.  Memory.lock is held.
+    NULL with *count nonzero: no memory.
+    """
+    cdef const AnonLink *link
+    cdef const VMArea *vma
+    cdef const FileCache *file
+    cdef u64 room = 0
+    cdef u64 *spots
+    cdef bint anonymous = frame.owner & 1
+    count[0] = 0
+    if frame.owner == 0:
+        return NULL
+    if anonymous:
+        room = (<const AnonVMA *> (frame.owner & ~1ULL)).nlinks
+    else:
+        vma = (<const FileCache *> frame.owner).mappings
+        while vma != NULL:
+            room += 1
+            vma = vma.file_above
+    if room == 0:
+        return NULL
+    spots = <u64 *> malloc(16 * room)
+    if spots == NULL:
+        count[0] = room
+        return NULL
+    if anonymous:
+        link = (<const AnonVMA *> (frame.owner & ~1ULL)).links
+        while link != NULL:
+            rmap_candidate(link.vma, frame.index, spots, count)
+            link = link.above
+    else:
+        vma = (<const FileCache *> frame.owner).mappings
+        while vma != NULL:
+            rmap_candidate(vma, frame.index, spots, count)
+            vma = vma.file_above
+    return spots
+
+
+cdef void rmap_candidate(const VMArea *vma, u64 index, u64 *spots, u64 *count) noexcept nogil:
+    if vma.pgoff <= index and index < vma_index(vma, vma.end):
+        spots[2 * count[0]] = <u64> vma.mm
+        spots[2 * count[0] + 1] = vma.start + ((index - vma.pgoff) << PAGE_SHIFT)
+        count[0] += 1
+
+
+cdef class File:
+    """
+    File(mem, size)
+
+    A file with a page cache, as one in tmpfs: zeros at first, no disk below.
+
+    Parameters
+    ----------
+    mem : PhysicalMemory
+    size : int
+        Bytes.  An access to a mapping beyond the file's last page raises `BusError`.
+    """
+    cdef FileCache *file
+    cdef readonly PhysicalMemory mem
+    cdef object __weakref__
+
+    def __cinit__(self, PhysicalMemory mem not None, size):
+        cdef u64 bytes_ = as_u64(size, "size")
+        if bytes_ > 1ULL << 46:
+            raise ValueError(f"size = {size}: at most 2**46 bytes")
+        self.mem = mem
+        self.file = file_new(mem.mem, bytes_)
+        if self.file == NULL:
+            raise MemoryError("File")
+        self.file.face = <void *> self
+
+    def __dealloc__(self):
+        if self.file != NULL:
+            self.file.face = NULL
+            with nogil:
+                file_put(self.file)
+
+    @property
+    def size(self):
+        """int: bytes."""
+        return self.file.size
+
+    def read(self, offset, n):
+        """
+        Bytes ``[offset, offset + n)`` of the page cache, fewer at the end of the file; as ``pread``, and faulting nothing in.
+        """
+        cdef u64 at = as_u64(offset, "offset")
+        cdef u64 count = as_u64(n, "n")
+        cdef FileCache *file = self.file
+        cdef bytes result
+        cdef char *data
+        if at >= file.size:
+            return b""
+        if count > file.size - at:
+            count = file.size - at
+        result = PyBytes_FromStringAndSize(NULL, count)
+        data = result
+        with nogil:
+            pthread_mutex_lock(&file.mem.lock)
+            file_read(file, at, data, count)
+            pthread_mutex_unlock(&file.mem.lock)
+        return result
+
+    def write(self, offset, data):
+        """
+        Write `data` at `offset` through the page cache, as ``pwrite``: every mapping of the page sees it.  The file grows
+        as needed.
+
+        Raises
+        ------
+        MemoryError
+            Out of frames; the bytes before are written.
+        """
+        cdef u64 at = as_u64(offset, "offset")
+        cdef const unsigned char[::1] source = data
+        cdef u64 count = source.shape[0]
+        cdef FileCache *file = self.file
+        cdef bint done = True
+        if count == 0:
+            return
+        if at + count > 1ULL << 46:
+            raise ValueError(f"offset = {offset}: a file has at most 2**46 bytes")
+        with nogil:
+            pthread_mutex_lock(&file.mem.lock)
+            done = file_write(file, at, <const char *> &source[0], count)
+            pthread_mutex_unlock(&file.mem.lock)
+        if not done:
+            raise MemoryError("no frame for the page cache")
+
+    def __repr__(self):
+        return f"<ioproc.File: {self.size} bytes>"
+
+
+cdef void file_read(FileCache *file, u64 at, char *data, u64 count) noexcept nogil:
+    cdef u64 *slot
+    cdef u64 part
+    cdef char *contents
+    while count:
+        part = PAGE_SIZE - (at & (PAGE_SIZE - 1))
+        if part > count:
+            part = count
+        slot = pte_find(file.pages, at)
+        contents = file.mem.frames[slot[0]].contents if slot != NULL and slot[0] else NULL
+        if contents != NULL:
+            memcpy(data, contents + (at & (PAGE_SIZE - 1)), part)
+        else:
+            memset(data, 0, part)
+        at += part
+        data += part
+        count -= part
+
+
+cdef bint file_write(FileCache *file, u64 at, const char *data, u64 count) noexcept nogil:
+    """False: no frame or no memory."""
+    cdef u64 pfn, part
+    cdef Frame *frame
+    while count:
+        part = PAGE_SIZE - (at & (PAGE_SIZE - 1))
+        if part > count:
+            part = count
+        pfn = file_page(file, at >> PAGE_SHIFT)
+        if pfn == 0:
+            return False
+        frame = &file.mem.frames[pfn]
+        if frame.contents == NULL:
+            frame.contents = <char *> calloc(1, PAGE_SIZE)
+            if frame.contents == NULL:
+                return False
+        memcpy(frame.contents + (at & (PAGE_SIZE - 1)), data, part)
+        at += part
+        data += part
+        count -= part
+        if at > file.size:
+            file.size = at
+    return True

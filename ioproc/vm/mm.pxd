@@ -1,0 +1,216 @@
+# The data model: what an address space, a VMA, a file and a frame are.  Everything else in vm/ is what happens to them.
+#
+# Locks: MM.lock covers an address space with its VMAs, page tables and chains.  Memory.lock covers what address spaces
+# share: the frame pool, page caches and the reverse map's lists.  Order: MM.lock, then Memory.lock.
+from libc.stdint cimport int64_t as i64, uint32_t as u32, uint64_t as u64
+from ioproc.hooks.chain cimport Chain, HookCounts, ioproc_ops
+
+cdef extern from "<pthread.h>" nogil:
+    ctypedef struct pthread_mutex_t:
+        pass
+    ctypedef unsigned long pthread_t
+    int pthread_mutex_init(pthread_mutex_t *lock, const void *attributes)
+    int pthread_mutex_destroy(pthread_mutex_t *lock)
+    int pthread_mutex_lock(pthread_mutex_t *lock)
+    int pthread_mutex_trylock(pthread_mutex_t *lock)
+    int pthread_mutex_unlock(pthread_mutex_t *lock)
+    pthread_t pthread_self()
+
+cdef enum:
+    PAGE_SHIFT = 12
+    PAGE_SIZE = 4096
+
+# x86-64, 47-bit user addresses.
+cdef extern from * nogil:
+    """
+    #include <stddef.h>
+    #define IOPROC_TASK_SIZE 0x7ffffffff000ULL
+    #define IOPROC_MMAP_BASE 0x7ffff7fff000ULL
+    #define IOPROC_MMAP_MIN 0x10000ULL
+    #define IOPROC_PAGE_MASK (~0xfffULL)
+    """
+    const u64 TASK_SIZE "IOPROC_TASK_SIZE"
+    const u64 MMAP_BASE "IOPROC_MMAP_BASE"          # addresses are given out below it, highest first
+    const u64 MMAP_MIN "IOPROC_MMAP_MIN"
+    const u64 PAGE_MASK "IOPROC_PAGE_MASK"
+
+# VMA flags.  The low three bits are the protection (PROT_*); MAY* say what mprotect may give.
+cdef enum:
+    VM_READ = 0x1
+    VM_WRITE = 0x2
+    VM_EXEC = 0x4
+    VM_SHARED = 0x8
+    VM_MAYREAD = 0x10
+    VM_MAYWRITE = 0x20
+    VM_MAYEXEC = 0x40
+    VM_ACCESS = 0x7
+    VM_MAYACCESS = 0x70
+    VM_LOCKED = 0x2000
+    VM_SEQ_READ = 0x8000
+    VM_RAND_READ = 0x10000
+    VM_DONTCOPY = 0x20000
+    VM_DONTEXPAND = 0x40000
+    VM_ACCOUNT = 0x100000
+    VM_NORESERVE = 0x200000
+    VM_SYSV_SHM = 0x400000      # an attached shared-memory segment: what shmdt looks for
+    VM_DONTDUMP = 0x4000000
+    VM_HUGEPAGE = 0x20000000
+    VM_NOHUGEPAGE = 0x40000000
+
+# Page-table entries: the x86 bits, and two of the software's.
+cdef enum:
+    PTE_PRESENT = 0x1
+    PTE_WRITE = 0x2
+    PTE_USER = 0x4              # clear: PROT_NONE
+    PTE_YOUNG = 0x20
+    PTE_DIRTY = 0x40
+    PTE_ZERO = 0x200            # the shared zero page: not counted, no reverse map
+    PTE_EXCLUSIVE = 0x400       # an anonymous page no other address space can map
+
+cdef struct Frame:              # 32 bytes
+    u64 counts                  # low half: page-table entries that map it; high half: other references (page cache, pins)
+    u64 owner                   # reverse map: AnonVMA * with bit 0 set, or FileCache *
+    u64 index                   # page offset in the owner; in a free frame: the next free pfn
+    char *contents              # PAGE_SIZE bytes, or NULL: zeros
+
+cdef struct Memory:
+    Frame *frames               # frames[0] is the zero page
+    u64 nframes                 # usable ones: 1 .. nframes
+    u64 fresh                   # the lowest never used
+    u64 free_list               # pfn, 0: empty
+    u64 nfree
+    pthread_mutex_t lock
+
+cdef struct Table:              # one node of a page table: an entry is a PTE or a Table *
+    u64 entry[512]
+    u64 used                    # nonzero entries
+
+cdef struct AnonLink:           # a VMA may map anonymous pages of an AnonVMA (anon_vma_chain)
+    VMArea *vma
+    AnonVMA *anon
+    AnonLink *next              # of the VMA: its own AnonVMA first, the oldest ancestor's last
+    AnonLink *above             # of the AnonVMA
+    AnonLink *below
+
+cdef struct AnonVMA:            # anon_vma: the anonymous pages of a VMA and of what was split from it
+    AnonLink *links
+    AnonVMA *parent             # of the VMA it was forked from; its own at the root
+    u64 nlinks
+    u64 children                # the root counts itself
+    u64 active                  # VMAs that allocate their pages here
+
+cdef struct FileCache:          # a file's page cache and its mappings
+    Table *pages                # page offset -> pfn
+    u64 size                    # bytes
+    u64 refs                    # Python objects and VMAs
+    bint anonymous              # made by MAP_SHARED | MAP_ANONYMOUS
+    VMArea *mappings
+    Memory *mem
+    void *face                  # the Python object, borrowed, or NULL; under the GIL
+
+cdef struct VMArea:
+    u64 start                   # to `mm`: ioproc_vma of the C interface
+    u64 end
+    u64 pgoff
+    u64 flags
+    MM *mm
+    FileCache *file
+    Chain *chain
+    AnonVMA *anon
+    AnonLink *anon_links
+    VMArea *file_above             # the file's list of mappings
+    VMArea *file_below
+    VMArea *prev                   # address order
+    VMArea *next
+    VMArea *left                   # the tree: a treap by address, with the largest gap below each subtree's VMAs
+    VMArea *right
+    VMArea *parent
+    u64 gap                     # bytes between prev.end and start
+    u64 max_gap
+    u64 priority
+
+cdef struct FaultCounts:
+    u64 zero                    # zero page mapped
+    u64 anon                    # new anonymous page
+    u64 file                    # page-cache page mapped, or copied early
+    u64 reuse                   # write-protect fault, page kept
+    u64 cow                     # write-protect fault, page copied
+
+cdef struct Attached:           # an ops structure that was registered here: for lifetimes, and for the order of release
+    const ioproc_ops *ops
+    void *owner                 # the Python object that keeps it alive: one reference
+    Attached *next              # newest first
+
+cdef struct MM:
+    pthread_mutex_t lock
+    u64 hooked                  # live chain cells: nonzero if any chain exists, on it or on a VMA.  All a hook site tests
+    Table *root                 # page table
+    Memory *mem
+    VMArea *tree
+    VMArea *first
+    VMArea *last
+    VMArea *cached                 # the last one found
+    u64 map_count
+    u64 total_pages             # mapped, present or not
+    u64 data_pages              # private writable
+    u64 rss                     # page-table entries that map a counted frame
+    u64 start_brk
+    u64 brk
+    u64 seed                    # of the treap's priorities
+    u64 max_map_count
+    u64 limit_as                # bytes
+    u64 limit_data
+    Chain *chain
+    Chain *cells                # live cells, to intern
+    Attached *attached
+    HookCounts hooks
+    FaultCounts faults
+    pthread_t owner             # the thread that holds the lock
+    bint locked
+    bint dead                   # exited
+    void *face                  # the Python object, borrowed; under the GIL
+
+cdef extern from * nogil:
+    """
+    static inline uint64_t ioproc_load(const uint64_t *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
+    static inline void ioproc_store(uint64_t *p, uint64_t v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
+    static inline uint64_t ioproc_add(uint64_t *p, uint64_t v) { return __atomic_add_fetch(p, v, __ATOMIC_ACQ_REL); }
+    static inline uint64_t ioproc_sub(uint64_t *p, uint64_t v) { return __atomic_sub_fetch(p, v, __ATOMIC_ACQ_REL); }
+    #ifdef IOPROC_DEBUG
+    #include <assert.h>
+    #define IOPROC_CHECK(x) assert(x)
+    #else
+    #define IOPROC_CHECK(x) ((void)0)
+    #endif
+    #ifdef IOPROC_NO_HOOKS
+    #define IOPROC_HOOKED(mm) 0
+    #else
+    #define IOPROC_HOOKED(mm) __builtin_expect((mm)->hooked != 0, 0)
+    #endif
+    """
+    u64 atomic_load "ioproc_load"(const u64 *p)
+    void atomic_store "ioproc_store"(u64 *p, u64 v)
+    u64 atomic_add "ioproc_add"(u64 *p, u64 v)       # both return the new value
+    u64 atomic_sub "ioproc_sub"(u64 *p, u64 v)
+    void check "IOPROC_CHECK"(bint)                  # debug builds only
+    bint HOOKED "IOPROC_HOOKED"(MM *mm)
+
+
+cdef inline void mm_lock(MM *mm) noexcept nogil:
+    pthread_mutex_lock(&mm.lock)
+    mm.owner = pthread_self()
+    mm.locked = True
+
+
+cdef inline void mm_unlock(MM *mm) noexcept nogil:
+    mm.locked = False
+    pthread_mutex_unlock(&mm.lock)
+
+
+cdef inline u64 page_align(u64 length) noexcept nogil:
+    return (length + PAGE_SIZE - 1) & PAGE_MASK
+
+
+cdef inline u64 vma_index(const VMArea *vma, u64 addr) noexcept nogil:
+    """Page offset of `addr` in the VMA's file or anonymous memory."""
+    return vma.pgoff + ((addr - vma.start) >> PAGE_SHIFT)

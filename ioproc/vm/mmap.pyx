@@ -1,0 +1,264 @@
+# mmap, munmap, brk and shared-memory attach.  System calls of the model return an address or 0, or a negative errno.
+from libc.errno cimport EACCES, EBADF, ENOSYS, EOPNOTSUPP, EOVERFLOW
+from posix.mman cimport MAP_ANONYMOUS, MAP_FIXED, MAP_PRIVATE, MAP_SHARED, PROT_EXEC, PROT_READ, PROT_WRITE
+
+cdef enum:
+    MAP_TYPE = 0x0f
+    MAP_SHARED_VALIDATE = 0x03
+    MAP_LOCKED = 0x2000
+    MAP_NORESERVE = 0x4000
+    MAP_POPULATE = 0x8000
+    MAP_STACK = 0x20000
+    MAP_FIXED_NOREPLACE = 0x100000
+
+
+cdef bint may_expand(const MM *mm, u64 flags, u64 pages) noexcept nogil:
+    if mm.total_pages + pages > mm.limit_as >> PAGE_SHIFT:
+        return False
+    return not is_data(flags) or mm.data_pages + pages <= mm.limit_data >> PAGE_SHIFT
+
+
+cdef int unmap_prepare(MM *mm, u64 start, u64 end) noexcept nogil:
+    """Split what sticks out of [start, end) on either side."""
+    cdef VMArea *vma = vma_first_in(mm, start, end)
+    cdef int error
+    if vma == NULL:
+        return 0
+    if vma.start < start:
+        # may pass the limit by one for a moment, as long as it ends within it
+        if end < vma.end and mm.map_count >= mm.max_map_count:
+            return -ENOMEM
+        error = vma_split(mm, vma, start)
+        if error:
+            return error
+    vma = vma_at(mm, end)
+    if vma != NULL and vma.start < end:
+        return vma_split(mm, vma, end)
+    return 0
+
+
+cdef void unmap_prepared(MM *mm, u64 start, u64 end) noexcept nogil:
+    """The hook, the pages, the VMAs."""
+    cdef VMArea *vma = vma_first_in(mm, start, end)
+    cdef VMArea *next
+    cdef FrameBatch batch
+    if vma == NULL:
+        return
+    fire_range(mm, INVALIDATE_RANGE, vma, start, end)
+    batch_begin(&batch, mm.mem, 0)
+    zap_range(mm, start, end, &batch)
+    batch_end(&batch)
+    while vma != NULL:
+        next = vma_next_in(vma, end)
+        vma_remove(mm, vma)
+        vma = next
+
+
+cdef int unmap_range(MM *mm, u64 start, u64 end) noexcept nogil:
+    cdef int error = unmap_prepare(mm, start, end)
+    if error == 0:
+        unmap_prepared(mm, start, end)
+    return error
+
+
+cdef int mm_munmap(MM *mm, u64 start, u64 length) noexcept nogil:
+    if start & (PAGE_SIZE - 1) or start > TASK_SIZE or length > TASK_SIZE - start or length == 0:
+        return -EINVAL
+    return unmap_range(mm, start, start + page_align(length))
+
+
+cdef void populate(MM *mm, u64 start, u64 end) noexcept nogil:
+    """MAP_POPULATE, MAP_LOCKED: as far as it goes; a failure is not the caller's."""
+    cdef VMArea *vma = vma_first_in(mm, start, end)
+    cdef FrameBatch batch
+    cdef u64 faulted, stopped, first, last
+    cdef bint write
+    while vma != NULL:
+        first = vma.start if vma.start > start else start
+        last = vma.end if vma.end < end else end
+        if vma.flags & VM_ACCESS:
+            write = vma.flags & (VM_WRITE | VM_SHARED) == VM_WRITE
+            batch_begin(&batch, mm.mem, (last - first) >> PAGE_SHIFT)
+            touch_range(mm, first, last, write, &batch, &faulted, &stopped)
+            batch_end(&batch)
+        vma = vma_next_in(vma, end)
+
+
+cdef i64 address_find(MM *mm, u64 addr, u64 length, bint fixed) noexcept nogil:
+    """Where a mapping goes: a hint is taken if it is free, else the highest gap that fits."""
+    cdef u64 found
+    if length > TASK_SIZE:
+        return -ENOMEM
+    if fixed:
+        if addr > TASK_SIZE - length:
+            return -ENOMEM
+        return -EINVAL if addr & (PAGE_SIZE - 1) else <i64> addr
+    addr &= PAGE_MASK
+    if addr != 0:
+        if addr < MMAP_MIN:
+            addr = MMAP_MIN
+        if addr <= TASK_SIZE - length and vma_first_in(mm, addr, addr + length) == NULL:
+            return <i64> addr
+    found = gap_find(mm, length, MMAP_BASE)
+    return <i64> found if found else -ENOMEM
+
+
+cdef i64 map_range(MM *mm, u64 addr, u64 length, u64 flags, FileCache *file, u64 pgoff, bint only_grow) noexcept nogil:
+    """Map [addr, addr + length), unmapping what is there.  `only_grow`: brk, which extends its predecessor or nobody."""
+    cdef u64 end = addr + length
+    cdef VMArea *vma
+    cdef Proposed want
+    cdef u64 replaced = 0
+    cdef int error = unmap_prepare(mm, addr, end)
+    if error:
+        return error
+    vma = vma_first_in(mm, addr, end)
+    while vma != NULL:
+        replaced += vma_pages(vma)
+        vma = vma_next_in(vma, end)
+    if not may_expand(mm, flags, (length >> PAGE_SHIFT) - replaced):
+        return -ENOMEM
+    if flags & (VM_NORESERVE | VM_SHARED | VM_WRITE) == VM_WRITE:
+        flags |= VM_ACCOUNT
+    # a VMA in hand before anything is taken away
+    vma = vma_new(mm, addr, end, pgoff, flags, file)
+    if vma == NULL:
+        return -ENOMEM
+    unmap_prepared(mm, addr, end)
+    want.start = addr
+    want.end = end
+    want.pgoff = pgoff
+    want.flags = flags
+    want.file = file
+    want.chain = NULL
+    want.anon = NULL
+    want.middle = NULL
+    want.copied = NULL
+    want.next = vma_find(mm, addr)
+    want.prev = want.next.prev if want.next != NULL else mm.last
+    if only_grow:
+        want.next = NULL
+    if merge_new(mm, &want) != NULL:
+        vma_free(vma)
+    else:
+        vma_insert(mm, vma)
+    return <i64> addr
+
+
+cdef i64 mm_mmap(MM *mm, u64 addr, u64 length, u64 prot, u64 flags, FileCache *file, u64 offset) noexcept nogil:
+    cdef u64 type = flags & MAP_TYPE
+    cdef u64 vm_flags = (prot & VM_ACCESS) | VM_MAYACCESS
+    cdef u64 pgoff = offset >> PAGE_SHIFT
+    cdef bint fixed = flags & (MAP_FIXED | MAP_FIXED_NOREPLACE) != 0
+    cdef FileCache *made = NULL
+    cdef i64 result
+    if offset & (PAGE_SIZE - 1):
+        return -EINVAL
+    if flags & MAP_ANONYMOUS:
+        file = NULL
+    elif file == NULL:
+        return -EBADF
+    if length == 0:
+        return -EINVAL
+    length = page_align(length)
+    if length == 0:
+        return -ENOMEM
+    if pgoff + (length >> PAGE_SHIFT) < pgoff:
+        return -EOVERFLOW
+    if mm.map_count > mm.max_map_count:
+        return -ENOMEM
+    if flags & MAP_LOCKED:
+        vm_flags |= VM_LOCKED
+    if flags & MAP_NORESERVE:
+        vm_flags |= VM_NORESERVE
+    if flags & MAP_STACK:
+        vm_flags |= VM_NOHUGEPAGE
+    result = address_find(mm, addr, length, fixed)
+    if result < 0:
+        return result
+    addr = <u64> result
+    if flags & MAP_FIXED_NOREPLACE and vma_first_in(mm, addr, addr + length) != NULL:
+        return -EEXIST
+    if type == MAP_SHARED_VALIDATE and file != NULL and flags & MAP_FIXED_NOREPLACE:
+        return -EOPNOTSUPP                  # VALIDATE knows only the flags older than itself
+    if type == MAP_SHARED or (type == MAP_SHARED_VALIDATE and file != NULL):
+        vm_flags |= VM_SHARED
+        if file == NULL:
+            made = file_new(mm.mem, length)
+            if made == NULL:
+                return -ENOMEM
+            made.anonymous = True
+            file = made
+            pgoff = 0
+    elif type == MAP_PRIVATE:
+        if file == NULL:
+            pgoff = addr >> PAGE_SHIFT
+    else:
+        return -EINVAL
+    result = map_range(mm, addr, length, vm_flags, file, pgoff, False)
+    if made != NULL:
+        file_put(made)
+    if result >= 0 and flags & (MAP_POPULATE | MAP_LOCKED):
+        populate(mm, addr, addr + length)
+    return result
+
+
+cdef u64 mm_brk(MM *mm, u64 brk) noexcept nogil:
+    """The break afterwards: `brk`, or the old one where it cannot be had."""
+    cdef u64 old = page_align(mm.brk)
+    cdef u64 new = page_align(brk)
+    cdef u64 flags = VM_READ | VM_WRITE | VM_MAYACCESS
+    if brk < mm.start_brk or brk > TASK_SIZE:
+        return mm.brk
+    if brk - mm.start_brk > mm.limit_data:
+        return mm.brk
+    if new < old:
+        if unmap_range(mm, new, old):
+            return mm.brk
+    elif new > old:
+        # a page of room above, as the kernel keeps
+        if vma_first_in(mm, old, new + PAGE_SIZE) != NULL or mm.map_count > mm.max_map_count:
+            return mm.brk
+        if map_range(mm, old, new - old, flags, NULL, old >> PAGE_SHIFT, True) < 0:
+            return mm.brk
+    mm.brk = brk
+    return brk
+
+
+cdef i64 mm_shmat(MM *mm, FileCache *file, u64 addr, bint readonly) noexcept nogil:
+    cdef u64 flags = VM_READ | VM_MAYREAD | VM_MAYEXEC | VM_SHARED | VM_SYSV_SHM
+    cdef u64 length = page_align(file.size)
+    cdef i64 result
+    if not readonly:
+        flags |= VM_WRITE | VM_MAYWRITE
+    if addr & (PAGE_SIZE - 1) or length == 0:
+        return -EINVAL
+    if addr and (addr > TASK_SIZE - length or vma_first_in(mm, addr, addr + length) != NULL):
+        return -EINVAL
+    if mm.map_count > mm.max_map_count:
+        return -ENOMEM
+    result = address_find(mm, addr, length, addr != 0)
+    if result < 0:
+        return result
+    return map_range(mm, <u64> result, length, flags, file, 0, False)
+
+
+cdef int mm_shmdt(MM *mm, u64 addr) noexcept nogil:
+    """Unmap what is left of the segment attached at `addr`."""
+    cdef VMArea *vma
+    cdef FileCache *file = NULL
+    cdef u64 at = addr
+    cdef u64 end = TASK_SIZE
+    if addr & (PAGE_SIZE - 1):
+        return -EINVAL
+    while True:
+        vma = vma_first_in(mm, at, end)
+        if vma == NULL:
+            return 0 if file != NULL else -EINVAL
+        at = vma.end
+        if (vma.flags & VM_SYSV_SHM and vma.start >= addr and (vma.start - addr) >> PAGE_SHIFT == vma.pgoff
+                and (file == NULL or vma.file == file)):
+            if file == NULL:
+                file = vma.file                     # compared only: the address space may hold its last reference
+                end = addr + page_align(file.size)
+            unmap_range(mm, vma.start, vma.end)

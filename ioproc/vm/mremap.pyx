@@ -1,0 +1,183 @@
+# mremap: shrink, grow in place, move; across several VMAs when only moving to a fixed place.
+from libc.errno cimport EFAULT
+
+cdef enum:
+    MREMAP_MAYMOVE = 1
+    MREMAP_FIXED = 2
+    MREMAP_DONTUNMAP = 4
+
+
+cdef VMArea *vma_move_target(MM *mm, VMArea *vma, u64 old, u64 new, u64 length) noexcept nogil:
+    """
+    A VMArea for the copy of `vma` (from `old` on) at the free range `new`: its own, or a neighbour there that grows.  It carries
+    the chain.  Anonymous memory never faulted takes its page offset from the new place, to merge there.
+    """
+    cdef Proposed want
+    cdef VMArea *copy
+    want.start = new
+    want.end = new + length
+    want.pgoff = vma_index(vma, old)
+    if vma_is_anonymous(vma) and vma.anon == NULL:
+        want.pgoff = new >> PAGE_SHIFT
+    want.flags = vma.flags
+    want.file = vma.file
+    want.chain = vma.chain
+    want.anon = vma.anon
+    want.middle = NULL
+    want.copied = vma
+    want.next = vma_find(mm, new)
+    want.prev = want.next.prev if want.next != NULL else mm.last
+    copy = merge_new(mm, &want)
+    if copy != NULL:
+        return copy
+    copy = vma_duplicate(vma, new, new + length)
+    if copy != NULL:
+        copy.pgoff = want.pgoff
+        vma_insert(mm, copy)
+    return copy
+
+
+cdef i64 move_vma(MM *mm, VMArea *vma, u64 old, u64 old_length, u64 new, u64 new_length) noexcept nogil:
+    """`new` is free.  The entries of [old, old + old_length) move; the old place is unmapped."""
+    cdef VMArea *target
+    cdef u64 moved = old_length if old_length < new_length else new_length
+    if mm.map_count + 3 >= mm.max_map_count:
+        return -ENOMEM
+    target = vma_move_target(mm, vma, old, new, new_length)
+    if target == NULL:
+        return -ENOMEM
+    if moved == 0:                          # a shared mapping duplicated
+        return <i64> new
+    vma = vma_at(mm, old)                   # may have merged with the target
+    fire_range(mm, INVALIDATE_RANGE, vma, old, old + moved)
+    fire_range(mm, INVALIDATE_RANGE, target, new, new + moved)
+    if not move_range(mm, old, new, moved):
+        move_range(mm, new, old, moved)     # the tables it came from are mostly there: back
+        unmap_range(mm, new, new + new_length)
+        return -ENOMEM
+    unmap_range(mm, old, old + old_length)
+    return <i64> new
+
+
+cdef i64 mremap_check_resize(MM *mm, VMArea *vma, u64 addr, u64 old_length, u64 new_length) noexcept nogil:
+    """What growing, or moving one VMA with a new length, must satisfy."""
+    cdef u64 pgoff
+    if vma == NULL:
+        return -EFAULT
+    if new_length <= old_length:
+        return 0
+    if old_length == 0 and not vma.flags & VM_SHARED:
+        return -EINVAL
+    if old_length > vma.end - addr:
+        return -EFAULT
+    pgoff = vma_index(vma, addr)
+    if pgoff + (new_length >> PAGE_SHIFT) < pgoff:
+        return -EINVAL
+    if vma.flags & VM_DONTEXPAND:
+        return -EFAULT
+    if not may_expand(mm, vma.flags, (new_length - old_length) >> PAGE_SHIFT):
+        return -ENOMEM
+    return 0
+
+
+cdef i64 mremap_to(MM *mm, u64 addr, u64 old_length, u64 new_length, u64 new) noexcept nogil:
+    """To a fixed place, which is unmapped first."""
+    cdef VMArea *vma
+    cdef i64 error = unmap_range(mm, new, new + new_length)
+    if error:
+        return error
+    vma = vma_at(mm, addr)
+    if vma == NULL:
+        return -EFAULT
+    if old_length > new_length:
+        error = unmap_range(mm, addr + new_length, addr + old_length)
+        if error:
+            return error
+        old_length = new_length
+        vma = vma_at(mm, addr)
+    return move_vma(mm, vma, addr, old_length, new, new_length)
+
+
+cdef i64 mremap_move_all(MM *mm, u64 addr, u64 length, u64 new) noexcept nogil:
+    """Every VMA of the range, with the gaps between them; none may be missing at its start."""
+    cdef u64 end = addr + length
+    cdef u64 at = addr
+    cdef u64 stop
+    cdef i64 result
+    cdef VMArea *vma = vma_at(mm, addr)
+    if vma == NULL:
+        return -EFAULT
+    while vma != NULL:
+        if vma.start > at:
+            at = vma.start
+        stop = vma.end if vma.end < end else end
+        result = mremap_to(mm, at, stop - at, stop - at, new + (at - addr))
+        if result < 0:
+            return result
+        at = stop
+        vma = vma_first_in(mm, at, end)
+    return <i64> new
+
+
+cdef bint grow_in_place(MM *mm, VMArea *vma, u64 delta) noexcept nogil:
+    """Extend the VMA, over its successor's edge if the two merge.  False: no room."""
+    cdef Proposed want
+    cdef u64 end = vma.end + delta
+    if end < vma.end or end > TASK_SIZE or vma_first_in(mm, vma.end, end) != NULL:
+        return False
+    want.start = vma.end
+    want.end = end
+    want.pgoff = vma_index(vma, vma.end)
+    want.flags = vma.flags
+    want.file = vma.file
+    want.chain = vma.chain
+    want.anon = vma.anon
+    want.prev = vma
+    want.middle = NULL
+    want.next = vma.next
+    want.copied = NULL
+    return merge_new(mm, &want) != NULL
+
+
+cdef i64 mm_mremap(MM *mm, u64 addr, u64 old_length, u64 new_length, int flags, u64 new) noexcept nogil:
+    cdef VMArea *vma
+    cdef u64 end
+    cdef i64 error
+    cdef i64 found
+    if flags & MREMAP_DONTUNMAP:
+        return -ENOSYS                      # not modelled yet
+    old_length = page_align(old_length)
+    new_length = page_align(new_length)
+    if flags & ~(MREMAP_FIXED | MREMAP_MAYMOVE) or addr & (PAGE_SIZE - 1):
+        return -EINVAL
+    if new_length == 0 or new_length > TASK_SIZE:
+        return -EINVAL
+    if flags & MREMAP_FIXED:
+        if new > TASK_SIZE - new_length or new & (PAGE_SIZE - 1) or not flags & MREMAP_MAYMOVE:
+            return -EINVAL
+        if addr + old_length > new and new + new_length > addr:
+            return -EINVAL
+        # a move needs up to four mappings more for a while
+        if mm.map_count + 5 >= mm.max_map_count:
+            return -ENOMEM
+        if old_length == new_length:
+            return mremap_move_all(mm, addr, old_length, new)
+    vma = vma_at(mm, addr)
+    error = mremap_check_resize(mm, vma, addr, old_length, new_length)
+    if error:
+        return error
+    if flags & MREMAP_FIXED:
+        return mremap_to(mm, addr, old_length, new_length, new)
+    if new_length < old_length:
+        error = unmap_range(mm, addr + new_length, addr + old_length)
+        return error if error else <i64> addr
+    if new_length == old_length:
+        return <i64> addr
+    if vma.end - addr == old_length and grow_in_place(mm, vma, new_length - old_length):
+        return <i64> addr
+    if not flags & MREMAP_MAYMOVE:
+        return -ENOMEM
+    found = address_find(mm, 0, new_length, False)
+    if found < 0:
+        return found
+    return move_vma(mm, vma, addr, old_length, <u64> found, new_length)

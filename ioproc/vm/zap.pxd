@@ -1,0 +1,97 @@
+# Taking page-table entries away, changing their protection, moving them.  Callers fire the hooks.
+from libc.stdint cimport uint64_t as u64
+from ioproc.hooks.chain cimport unlikely
+from ioproc.vm.frames cimport FrameBatch, frame_unmap
+from ioproc.vm.mm cimport (
+    MM, PAGE_SIZE, PTE_EXCLUSIVE, PTE_PRESENT, PTE_USER, PTE_WRITE, PTE_ZERO, VM_ACCESS, VM_SHARED, VM_WRITE, Table, VMArea)
+from ioproc.vm.page_table cimport leaf_drop, leaf_make, leaf_next, pte_set, table_index
+
+
+cdef inline void zap_range(MM *mm, u64 start, u64 end, FrameBatch *batch) noexcept nogil:
+    """Unmap every page of [start, end); tables left empty go too."""
+    cdef u64 addr = start
+    cdef u64 begin, stop, pte, i, cleared, frames
+    cdef Table *leaf
+    while True:
+        leaf = leaf_next(mm.root, &addr, end)
+        if leaf == NULL:
+            return
+        begin = addr
+        stop = ((addr >> 21) + 1) << 21
+        if stop > end:
+            stop = end
+        cleared = 0
+        frames = 0
+        for i in range(table_index(addr, 0), table_index(addr, 0) + ((stop - addr) >> 12)):
+            pte = leaf.entry[i]
+            if pte:
+                leaf.entry[i] = 0
+                cleared += 1
+                if not pte & PTE_ZERO:
+                    frames += 1
+                    frame_unmap(batch, pte >> 12)
+        leaf.used -= cleared
+        mm.rss -= frames
+        if leaf.used == 0:
+            leaf_drop(mm.root, begin)
+        addr = stop
+
+
+cdef inline void protect_range(MM *mm, VMArea *vma, u64 start, u64 end) noexcept nogil:
+    """
+    Give the present entries of [start, end), which lies in `vma`, the protection of `vma`.  A private page may be written
+    at once only where it is exclusively ours; the others wait for a write fault.
+    """
+    cdef u64 addr = start
+    cdef u64 stop, pte, i
+    cdef bint writable = vma.flags & VM_WRITE != 0
+    cdef u64 user = PTE_USER if vma.flags & VM_ACCESS else 0
+    cdef u64 exclusive = 0 if vma.flags & VM_SHARED else PTE_EXCLUSIVE
+    cdef Table *leaf
+    while True:
+        leaf = leaf_next(mm.root, &addr, end)
+        if leaf == NULL:
+            return
+        stop = ((addr >> 21) + 1) << 21
+        if stop > end:
+            stop = end
+        for i in range(table_index(addr, 0), table_index(addr, 0) + ((stop - addr) >> 12)):
+            pte = leaf.entry[i]
+            if pte & PTE_PRESENT:
+                pte = pte & ~<u64> (PTE_WRITE | PTE_USER) | user
+                if writable and pte & exclusive == exclusive:
+                    pte |= PTE_WRITE
+                leaf.entry[i] = pte
+        addr = stop
+
+
+cdef inline bint move_range(MM *mm, u64 old, u64 new, u64 length) noexcept nogil:
+    """Move the entries of [old, old + length) to the empty range at `new`.  False: no memory for a table, some moved."""
+    cdef u64 addr = old
+    cdef u64 end = old + length
+    cdef u64 stop, i, begin
+    cdef Table *leaf
+    cdef Table *target = NULL
+    cdef u64 target_base = 1
+    while True:
+        leaf = leaf_next(mm.root, &addr, end)
+        if leaf == NULL:
+            return True
+        begin = addr
+        stop = ((addr >> 21) + 1) << 21
+        if stop > end:
+            stop = end
+        while addr < stop:
+            i = table_index(addr, 0)
+            if leaf.entry[i]:
+                if (addr - old + new) >> 21 != target_base:
+                    target = leaf_make(mm.root, addr - old + new)
+                    if unlikely(target == NULL):
+                        return False
+                    target_base = (addr - old + new) >> 21
+                pte_set(target, table_index(addr - old + new, 0), leaf.entry[i])
+                leaf.entry[i] = 0
+                leaf.used -= 1
+            addr += PAGE_SIZE
+        if leaf.used == 0:
+            leaf_drop(mm.root, begin)
