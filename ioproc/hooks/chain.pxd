@@ -26,6 +26,9 @@ cdef extern from "ioproc.h" nogil:
         u64 (*lookup_pte)(const ioproc_mm *mm, u64 addr) noexcept nogil
     u32 IOPROC_ABI_VERSION
     const char *IOPROC_OPS_CAPSULE
+    # for drivers in Cython: import once with the GIL, look up in callbacks
+    int ioproc_import() except -1
+    u64 ioproc_lookup_pte(const ioproc_mm *mm, u64 addr)
 
 ctypedef void (*range_callback)(void *arg, const ioproc_vma *vma, u64 start, u64 end) noexcept nogil
 ctypedef void (*page_callback)(void *arg, const ioproc_vma *vma, u64 addr) noexcept nogil

@@ -197,7 +197,7 @@ cdef class Ops:
         cdef void *context = NULL
         cdef bint several = False       # native callbacks with different arguments
         cdef bint first = True
-        for kind in range(HOOKS):
+        for kind in range(<int> HOOKS):
             callback = given[kind]
             if callback is None:
                 continue

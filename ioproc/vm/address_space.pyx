@@ -111,14 +111,31 @@ cdef File file_face(FileCache *file, PhysicalMemory mem):
     """A new face for a file whose Python object is gone."""
     cdef File face = File.__new__(File, mem, 0)
     cdef FileCache *empty = face.file
-    pthread_mutex_lock(&file.mem.lock)
-    file.refs += 1
-    pthread_mutex_unlock(&file.mem.lock)
     face.file = file
     file.face = <void *> face
     empty.face = NULL
-    file_put(empty)
+    with nogil:
+        file_hold(file)
+        file_put(empty)
     return face
+
+
+cdef VMArea *vmas_copy(MM *mm, u64 *count) noexcept nogil:
+    """The VMAs, with their files held, to look at without the lock; NULL with *count nonzero: no memory."""
+    cdef VMArea *copies = <VMArea *> malloc((mm.map_count + 1) * sizeof(VMArea))
+    cdef const VMArea *vma = mm.first
+    count[0] = mm.map_count
+    if copies == NULL:
+        count[0] += 1
+        return NULL
+    count[0] = 0
+    while vma != NULL:
+        copies[count[0]] = vma[0]
+        if vma.file != NULL:
+            file_hold(vma.file)
+        count[0] += 1
+        vma = vma.next
+    return copies
 
 
 cdef object mm_face(MM *mm):
@@ -184,30 +201,6 @@ cdef object syscall_error(i64 result, str what):
     return OSError(-result, os.strerror(-result))
 
 
-cdef void chain_owners(MM *mm, object ops):
-    """Keep `ops` alive as long as a chain points at it, and let go of those no chain points at any more."""
-    cdef Attached **link = &mm.attached
-    cdef Attached *gone
-    cdef bint known = False
-    while link[0] != NULL:
-        if ops_is_attached(mm, link[0].ops):
-            known = known or (ops is not None and link[0].owner == <void *> ops)
-            link = &link[0].next
-        else:
-            gone = link[0]
-            link[0] = gone.next
-            Py_DECREF(<object> gone.owner)
-            free(gone)
-    if ops is None or known or not ops_is_attached(mm, &(<Ops> ops).ops):
-        return
-    gone = <Attached *> malloc(sizeof(Attached))
-    Py_INCREF(ops)
-    gone.ops = &(<Ops> ops).ops
-    gone.owner = <void *> ops
-    gone.next = mm.attached
-    mm.attached = gone
-
-
 cdef class AddressSpace:
     """
     AddressSpace(mem, *, max_map_count=65530, start_brk=0x555555756000, rlimits=None)
@@ -230,6 +223,8 @@ cdef class AddressSpace:
     """
     cdef MM *mm
     cdef readonly PhysicalMemory mem
+    cdef list owners            # the Ops attached here, kept alive; visible to the garbage collector
+    cdef int looking            # looks of the thread that already had the lock
     cdef object __weakref__
 
     def __cinit__(self, PhysicalMemory mem not None, *, max_map_count=65530, start_brk=0x555555756000, rlimits=None):
@@ -254,12 +249,20 @@ cdef class AddressSpace:
             raise MemoryError("AddressSpace")
         self.mem = mem
         self.mm = mm
+        self.owners = []
         mm.face = <void *> self
         alive[<size_t> mm] = self
         return 0
 
+    cdef int replace(self, MM *mm) except -1:
+        """Take over an address space, in place of the empty one."""
+        mm_teardown(self.mm)
+        del alive[<size_t> self.mm]
+        mm_free(self.mm)
+        return self.adopt(self.mem, mm)
+
     def __del__(self):
-        self.exit()
+        self.end(True)
 
     def __dealloc__(self):
         if self.mm != NULL:
@@ -310,8 +313,6 @@ cdef class AddressSpace:
             self.looking -= 1
         else:
             mm_unlock(self.mm)
-
-    cdef int looking            # looks of the thread that already had the lock
 
     # ---- system calls
 
@@ -391,13 +392,14 @@ cdef class AddressSpace:
 
     def madvise(self, addr, length, advice):
         """
-        ``MADV_DONTNEED``: forget the pages, ``invalidate_range`` per VMA.  ``NORMAL RANDOM SEQUENTIAL HUGEPAGE NOHUGEPAGE
-        DONTDUMP DODUMP`` only mark VMAs, which splits and merges them; ``WILLNEED`` does nothing.  The other kinds of
-        advice raise NotImplementedError.  Holes are skipped, and ENOMEM at the end.
+        ``MADV_DONTNEED``: forget the pages, ``invalidate_range`` per VMA.  ``FREE``: the same hook; the pages, clean and old
+        now, may go at any time, but nothing takes them yet.  ``DONTFORK DOFORK NORMAL RANDOM SEQUENTIAL HUGEPAGE
+        NOHUGEPAGE DONTDUMP DODUMP`` mark VMAs, which splits and merges them; ``WILLNEED`` does nothing.  The other kinds
+        of advice raise NotImplementedError.  Holes are skipped, and ENOMEM at the end.
         """
         cdef u64 at = as_u64(addr, "addr")
         cdef u64 bytes_ = as_u64(length, "length")
-        cdef int what = advice
+        cdef int what = as_int(advice, "advice")
         cdef int error
         self.enter()
         with nogil:
@@ -410,7 +412,7 @@ cdef class AddressSpace:
         """``sync_range`` per shared VMA.  `flags`: MS_ASYNC 1, MS_INVALIDATE 2, MS_SYNC 4."""
         cdef u64 at = as_u64(addr, "addr")
         cdef u64 bytes_ = as_u64(length, "length")
-        cdef int flag_bits = flags
+        cdef int flag_bits = as_int(flags, "flags")
         cdef int error
         self.enter()
         with nogil:
@@ -440,7 +442,7 @@ cdef class AddressSpace:
         cdef u64 at = as_u64(old_addr, "old_addr")
         cdef u64 old = as_u64(old_length, "old_length")
         cdef u64 new = as_u64(new_length, "new_length")
-        cdef int flag_bits = flags
+        cdef int flag_bits = as_int(flags, "flags")
         cdef u64 target = 0 if new_addr is None else as_u64(new_addr, "new_addr")
         cdef i64 result
         if flag_bits & MREMAP_FIXED and new_addr is None:
@@ -582,19 +584,17 @@ cdef class AddressSpace:
         AddressSpace
         """
         cdef MM *child
-        cdef AddressSpace face
+        cdef AddressSpace face = AddressSpace.__new__(AddressSpace, self.mem)
         self.enter()
         with nogil:
             child = mm_fork(self.mm)
-        if child == NULL:
+        try:
             self.leave()
+        finally:
+            if child != NULL:
+                face.replace(child)
+        if child == NULL:
             raise MemoryError("fork")
-        face = AddressSpace.__new__(AddressSpace, self.mem)
-        mm_teardown(face.mm)
-        del alive[<size_t> face.mm]
-        mm_free(face.mm)
-        face.adopt(self.mem, child)
-        self.leave()
         return face
 
     def exit(self):
@@ -602,22 +602,31 @@ cdef class AddressSpace:
         The end of the process: ``release`` of each ops, newest first and already unlinked; then everything is unmapped, which
         fires nothing.  Every other operation afterwards raises ESRCH; a second ``exit`` does nothing.
         """
-        cdef void *outer = thread_inside()
-        if self.mm == NULL:
-            return
-        # garbage collection in a callback may end up here: nobody else can have this address space then
-        if outer != NULL and self.mm.locked and self.mm.owner == pthread_self():
+        if thread_inside() != NULL:
             raise RuntimeError("a hook callback may look at an address space and may not change it")
+        self.end(False)
+
+    cdef int end(self, bint collected) except -1:
+        """Garbage collection may run in a callback of another address space: its state is put aside meanwhile."""
+        cdef void *outer = thread_inside()
+        cdef PyObject *outer_raised = thread_raised()
+        cdef list dropped
+        if self.mm == NULL or self.mm.dead:
+            return 0
+        thread_set_raised(NULL)
         self.lock()
         thread_set_inside(self.mm)
-        if not self.mm.dead:
-            with nogil:
-                mm_teardown(self.mm)
-            chain_owners(self.mm, None)
+        with nogil:
+            mm_teardown(self.mm)
+        dropped = self.owners
+        self.owners = None
         thread_set_inside(outer)
         mm_unlock(self.mm)
-        if outer == NULL:
+        try:
             raise_pending()
+        finally:
+            thread_set_raised(outer_raised)
+        return 0
 
     def __enter__(self):
         return self
@@ -658,6 +667,7 @@ cdef class AddressSpace:
         cdef u64 bytes_ = 0
         cdef bint whole = addr is None
         cdef int error
+        cdef list dropped = []
         if (addr is None) != (length is None):
             raise TypeError("addr and length: give both or neither")
         if not whole:
@@ -671,25 +681,51 @@ cdef class AddressSpace:
                 error = vma_register(self.mm, &ops.ops, at, bytes_)
             else:
                 error = vma_unregister(self.mm, &ops.ops, at, bytes_)
-        chain_owners(self.mm, ops)
+        self.keep_owners(ops, dropped)
         self.leave()
         if error:
             raise syscall_error(error, "")
         return 0
 
+    cdef void keep_owners(self, Ops ops, list dropped):
+        """
+        Let go of the Ops that no chain points at any more (into `dropped`: their finalizers run without the lock), and keep
+        `ops` if it is attached.
+        """
+        cdef Py_ssize_t i = len(self.owners)
+        cdef bint known = False
+        while i:
+            i -= 1
+            other = self.owners[i]
+            if ops_is_attached(self.mm, &(<Ops> other).ops):
+                known = known or other is ops
+            else:
+                dropped.append(other)
+                del self.owners[i]
+        if not known and ops_is_attached(self.mm, &ops.ops):
+            self.owners.append(ops)
+
     # ---- looking
 
     def vmas(self):
         """list of VMA: the mappings, in address order."""
-        cdef list result = []
-        cdef const VMArea *vma
+        cdef u64 i
+        cdef u64 count = 0
+        cdef VMArea *copies
         self.look_begin()
-        vma = self.mm.first
-        while vma != NULL:
-            result.append(vma_face(vma))
-            vma = vma.next
+        with nogil:
+            copies = vmas_copy(self.mm, &count)
         self.look_end()
-        return result
+        if copies == NULL:
+            raise MemoryError("vmas")
+        try:
+            return [vma_face(&copies[i]) for i in range(count)]
+        finally:
+            with nogil:
+                for i in range(count):
+                    if copies[i].file != NULL:
+                        file_put(copies[i].file)
+                free(copies)
 
     def pagemap(self, addr, length):
         """
@@ -730,17 +766,23 @@ cdef class AddressSpace:
         (chains walked) and ``callbacks`` (run), by callback name; ``chain_nodes`` visited.  Hooks are counted only where a
         chain exists.
         """
-        cdef MM *mm = self.mm
+        cdef FaultCounts faults
+        cdef HookCounts hooks
+        cdef u64 map_count, total_pages, rss
         self.look_begin()
-        result = {
-            "faults": mm.faults.zero + mm.faults.anon + mm.faults.file + mm.faults.reuse + mm.faults.cow,
-            "faults_zero": mm.faults.zero, "faults_anon": mm.faults.anon, "faults_file": mm.faults.file,
-            "faults_reuse": mm.faults.reuse, "faults_cow": mm.faults.cow,
-            "map_count": mm.map_count, "total_pages": mm.total_pages, "rss_pages": mm.rss,
-            "hooks": hook_dict(mm.hooks.walks), "callbacks": hook_dict(mm.hooks.callbacks), "chain_nodes": mm.hooks.cells,
-        }
+        faults = self.mm.faults
+        hooks = self.mm.hooks
+        map_count = self.mm.map_count
+        total_pages = self.mm.total_pages
+        rss = self.mm.rss
         self.look_end()
-        return result
+        return {
+            "faults": faults.zero + faults.anon + faults.file + faults.reuse + faults.cow,
+            "faults_zero": faults.zero, "faults_anon": faults.anon, "faults_file": faults.file,
+            "faults_reuse": faults.reuse, "faults_cow": faults.cow,
+            "map_count": map_count, "total_pages": total_pages, "rss_pages": rss,
+            "hooks": hook_dict(hooks.walks), "callbacks": hook_dict(hooks.callbacks), "chain_nodes": hooks.cells,
+        }
 
     def __repr__(self):
         cdef MM *mm = self.mm

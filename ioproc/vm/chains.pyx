@@ -72,11 +72,43 @@ cdef bint ops_is_attached(const MM *mm, const ioproc_ops *ops) noexcept nogil:
     return False
 
 
+cdef bint attached_add(MM *mm, const ioproc_ops *ops) noexcept nogil:
+    """False: no memory."""
+    cdef Attached *record = mm.attached
+    while record != NULL:
+        if record.ops == ops:
+            return True
+        record = record.next
+    record = <Attached *> malloc(sizeof(Attached))
+    if record == NULL:
+        return False
+    record.ops = ops
+    record.next = mm.attached
+    mm.attached = record
+    return True
+
+
+cdef void attached_prune(MM *mm) noexcept nogil:
+    """Forget those that no chain points at any more."""
+    cdef Attached **link = &mm.attached
+    cdef Attached *gone
+    while link[0] != NULL:
+        if ops_is_attached(mm, link[0].ops):
+            link = &link[0].next
+        else:
+            gone = link[0]
+            link[0] = gone.next
+            free(gone)
+
+
 cdef int mm_register(MM *mm, const ioproc_ops *ops) noexcept nogil:
     """At the head of the address space's chain."""
     cdef Chain *cell
     if chain_has(mm.chain, ops):
         return -EEXIST
+    attached_prune(mm)
+    if not attached_add(mm, ops):
+        return -ENOMEM
     cell = cell_get(mm, ops, mm.chain)
     if cell == NULL:
         return -ENOMEM
@@ -122,6 +154,9 @@ cdef int vma_register(MM *mm, const ioproc_ops *ops, u64 addr, u64 length) noexc
         if chain_has(vma.chain, ops):
             return -EEXIST
         at = vma.end
+    attached_prune(mm)
+    if not attached_add(mm, ops):
+        return -ENOMEM
     at = addr
     while at < end:
         vma = vma_at(mm, at)
@@ -197,3 +232,4 @@ cdef void chains_release(MM *mm) noexcept nogil:
         if ops_is_attached(mm, attached.ops):
             chains_release_ops(mm, attached.ops)
         attached = attached.next
+    attached_prune(mm)

@@ -3,7 +3,7 @@ from libc.stdint cimport uint64_t as u64
 from ioproc.hooks.chain cimport INVALIDATE_PAGE, UPDATE_PAGE, likely, unlikely
 from ioproc.vm.fire cimport fire_page
 from ioproc.vm.frames cimport (
-    ONE_REFERENCE, Frame, FrameBatch, batch_free, batch_take, frame_at, frame_copy_contents, frame_unmap, pool_give, pool_take)
+    ONE_REFERENCE, Frame, FrameBatch, batch_free, batch_take, frame_at, frame_copy_contents, frame_unmap, pool_take)
 from ioproc.vm.mm cimport (
     MM, PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, PTE_DIRTY, PTE_EXCLUSIVE, PTE_PRESENT, PTE_USER, PTE_WRITE, PTE_YOUNG, PTE_ZERO,
     VM_ACCESS, VM_SHARED, VM_WRITE, AnonVMA, FileCache, Memory, Table, VMArea, atomic_add, atomic_load, atomic_store, check,
@@ -64,12 +64,15 @@ cdef inline bint anon_prepare(VMArea *vma) noexcept nogil:
 
 cdef inline void frame_own(Frame *frame, VMArea *vma, u64 addr) noexcept nogil:
     """A frame mapped once, by an anonymous page of `vma`."""
-    frame.owner = <u64> vma.anon | 1
+    atomic_store(&frame.owner, <u64> vma.anon | 1)
     frame.index = vma_index(vma, addr)
 
 
-cdef inline u64 file_page(FileCache *file, u64 index) noexcept nogil:
-    """The page-cache frame of a page, read in if need be; 0: no frame or no memory.  Memory.lock is held."""
+cdef inline u64 file_page(FileCache *file, u64 index, FrameBatch *batch) noexcept nogil:
+    """
+    The page-cache frame of a page, read in if need be (from the batch's frames, if it has some); 0: no frame or no
+    memory.  Memory.lock is held.
+    """
     cdef Table *leaf = leaf_make(file.pages, index << PAGE_SHIFT)
     cdef u64 slot = index & 511
     cdef u64 pfn
@@ -78,13 +81,16 @@ cdef inline u64 file_page(FileCache *file, u64 index) noexcept nogil:
         return 0
     if leaf.entry[slot]:
         return leaf.entry[slot]
-    pfn = pool_take(file.mem)
+    if batch != NULL and batch.n:
+        pfn = batch_take(batch)
+    else:
+        pfn = pool_take(file.mem)
     if pfn == 0:
         leaf_drop(file.pages, index << PAGE_SHIFT)
         return 0
     frame = &file.mem.frames[pfn]
     frame.counts = ONE_REFERENCE
-    frame.owner = <u64> file
+    atomic_store(&frame.owner, <u64> file)
     frame.index = index
     pte_set(leaf, slot, pfn)
     return pfn
@@ -131,7 +137,7 @@ cdef inline int fault_file(MM *mm, VMArea *vma, u64 addr, Table *leaf, bint writ
     if copy and not anon_prepare(vma):
         return ACCESS_OOM
     pthread_mutex_lock(&mem.lock)
-    page = file_page(file, index)
+    page = file_page(file, index, batch)
     if page != 0 and not copy:
         atomic_add(&mem.frames[page].counts, 1)
     pthread_mutex_unlock(&mem.lock)
@@ -198,24 +204,24 @@ cdef inline int fault_write_protect(MM *mm, VMArea *vma, u64 addr, u64 *pte, Fra
     return ACCESS_OK
 
 
+cdef inline int fault_page(MM *mm, VMArea *vma, u64 addr, Table *leaf, bint write, FrameBatch *batch) noexcept nogil:
+    """One page fault at `addr` (page aligned) in `vma`, which allows the access.  Unless ACCESS_OK the page is as before."""
+    cdef u64 *pte = &leaf.entry[table_index(addr, 0)]
+    if pte[0] & PTE_PRESENT:
+        return fault_write_protect(mm, vma, addr, pte, batch)
+    if vma.file == NULL:
+        return fault_anonymous(mm, vma, addr, leaf, write, batch)
+    return fault_file(mm, vma, addr, leaf, write, batch)
+
+
 cdef inline int fault(MM *mm, VMArea *vma, u64 addr, Table **leaf, bint write, FrameBatch *batch) noexcept nogil:
-    """
-    One page fault at `addr` (page aligned) in `vma`, which allows the access.  *leaf is the page table of `addr` or NULL;
-    it is made if need be.  On anything but ACCESS_OK the page is as before.
-    """
-    cdef u64 *pte
+    """`fault_page`, where *leaf, the page table of `addr`, may still be NULL; it is made if need be."""
     cdef int result
     if leaf[0] == NULL:
         leaf[0] = leaf_make(mm.root, addr)
         if leaf[0] == NULL:
             return ACCESS_OOM
-    pte = &leaf[0].entry[table_index(addr, 0)]
-    if pte[0] & PTE_PRESENT:
-        return fault_write_protect(mm, vma, addr, pte, batch)
-    if vma.file == NULL:
-        result = fault_anonymous(mm, vma, addr, leaf[0], write, batch)
-    else:
-        result = fault_file(mm, vma, addr, leaf[0], write, batch)
+    result = fault_page(mm, vma, addr, leaf[0], write, batch)
     if unlikely(result != ACCESS_OK) and leaf[0].used == 0:
         leaf_drop(mm.root, addr)
         leaf[0] = NULL
@@ -248,30 +254,39 @@ cdef inline int touch_range(MM *mm, u64 start, u64 end, bint write, FrameBatch *
     """
     cdef u64 addr = start
     cdef u64 used_bits = PTE_YOUNG | (PTE_DIRTY if write else 0)
-    cdef VMArea *vma = NULL
+    cdef u64 faults = 0
+    cdef u64 limit, stop
+    cdef u64 *pte
+    cdef VMArea *vma
     cdef Table *leaf
-    cdef u64 index, stop
     cdef int result = ACCESS_OK
-    faulted[0] = 0
-    while addr < end:
-        leaf = leaf_find(mm.root, addr)
-        stop = ((addr >> 21) + 1) << 21
-        if stop > end:
-            stop = end
-        while addr < stop:
-            index = table_index(addr, 0)
-            if leaf != NULL and pte_allows(leaf.entry[index], write):
-                leaf.entry[index] |= used_bits
-            else:
-                if vma == NULL or addr >= vma.end:
-                    vma = vma_find(mm, addr)
-                if vma == NULL or addr < vma.start or not vma_allows(vma, write):
-                    result = ACCESS_SEGV
+    while addr < end and result == ACCESS_OK:
+        vma = vma_find(mm, addr)
+        if vma == NULL or addr < vma.start or not vma_allows(vma, write):
+            result = ACCESS_SEGV
+            break
+        limit = vma.end if vma.end < end else end
+        while addr < limit and result == ACCESS_OK:
+            leaf = leaf_make(mm.root, addr)
+            if leaf == NULL:
+                result = ACCESS_OOM
+                break
+            stop = ((addr >> 21) + 1) << 21
+            if stop > limit:
+                stop = limit
+            pte = &leaf.entry[table_index(addr, 0)]
+            while addr < stop:
+                if pte_allows(pte[0], write):
+                    pte[0] |= used_bits
                 else:
-                    result = fault(mm, vma, addr, &leaf, write, batch)
-                if unlikely(result != ACCESS_OK):
-                    stopped[0] = addr
-                    return result
-                faulted[0] += 1
-            addr += PAGE_SIZE
-    return ACCESS_OK
+                    result = fault_page(mm, vma, addr, leaf, write, batch)
+                    if unlikely(result != ACCESS_OK):
+                        if leaf.used == 0:
+                            leaf_drop(mm.root, addr)
+                        break
+                    faults += 1
+                addr += PAGE_SIZE
+                pte += 1
+    faulted[0] = faults
+    stopped[0] = addr
+    return result

@@ -1,10 +1,10 @@
 # Physical frames: allocation in batches, mapping counts, contents.
-from libc.stdint cimport uint64_t as u64
+from libc.stdint cimport uint32_t as u32, uint64_t as u64
 from libc.stdlib cimport free, malloc
-from libc.string cimport memcpy, memset
+from libc.string cimport memcpy
 from ioproc.hooks.chain cimport likely, unlikely
 from ioproc.vm.mm cimport (
-    PAGE_SHIFT, PAGE_SIZE, Frame, Memory, atomic_add, atomic_load, atomic_store, atomic_sub, check,
+    PAGE_SIZE, Frame, Memory, atomic_add, atomic_load, atomic_store, atomic_sub, check,
     pthread_mutex_lock, pthread_mutex_unlock)
 
 cdef enum:
@@ -23,10 +23,9 @@ cdef struct FrameBatch:
     Memory *mem
     u64 wanted                  # frames the operation may still need: never take more
     u64 n
-    u64 pfn[BATCH]
-    u64 freed                   # list of frames to give back, by pfn
-    u64 freed_tail
     u64 nfreed
+    u32 pfn[BATCH]
+    u32 freed[BATCH]
 
 
 cdef inline Frame *frame_at(const Memory *mem, u64 pfn) noexcept nogil:
@@ -36,23 +35,21 @@ cdef inline Frame *frame_at(const Memory *mem, u64 pfn) noexcept nogil:
 
 cdef inline u64 pool_take(Memory *mem) noexcept nogil:
     """One frame, 0 if there is none.  Memory.lock is held."""
-    cdef u64 pfn = mem.free_list
     if mem.nfree == 0:
         return 0
     mem.nfree -= 1
-    if pfn != 0:
-        mem.free_list = mem.frames[pfn].index
-        return pfn
-    pfn = mem.fresh
+    if mem.nreturned:
+        mem.nreturned -= 1
+        return mem.returned[mem.nreturned]
     mem.fresh += 1
-    return pfn
+    return mem.fresh - 1
 
 
-cdef inline void pool_give(Memory *mem, u64 pfn) noexcept nogil:
+cdef inline void pool_give(Memory *mem, const u32 *pfns, u64 n) noexcept nogil:
     """Memory.lock is held."""
-    mem.frames[pfn].index = mem.free_list
-    mem.free_list = pfn
-    mem.nfree += 1
+    memcpy(mem.returned + mem.nreturned, pfns, n * sizeof(u32))
+    mem.nreturned += n
+    mem.nfree += n
 
 
 cdef inline void batch_begin(FrameBatch *batch, Memory *mem, u64 wanted) noexcept nogil:
@@ -60,45 +57,32 @@ cdef inline void batch_begin(FrameBatch *batch, Memory *mem, u64 wanted) noexcep
     batch.wanted = wanted
     batch.n = 0
     batch.nfreed = 0
-    batch.freed = 0
-    batch.freed_tail = 0
-
-
-cdef inline void batch_return_freed(FrameBatch *batch) noexcept nogil:
-    """Memory.lock is held."""
-    if batch.nfreed:
-        batch.mem.frames[batch.freed_tail].index = batch.mem.free_list
-        batch.mem.free_list = batch.freed
-        batch.mem.nfree += batch.nfreed
-        batch.nfreed = 0
-        batch.freed = 0
-        batch.freed_tail = 0
 
 
 cdef inline void batch_refill(FrameBatch *batch) noexcept nogil:
     cdef Memory *mem = batch.mem
     cdef u64 count = batch.wanted if batch.wanted < BATCH else BATCH
-    cdef u64 pfn, i
+    cdef u64 again, i
     if count == 0:
         count = 1
     pthread_mutex_lock(&mem.lock)
-    batch_return_freed(batch)
+    pool_give(mem, batch.freed, batch.nfreed)
+    batch.nfreed = 0
     if mem.nfree < count:
         count = mem.nfree
-    # Taken from the end of pfn[]: fill it downwards, so that a range gets ascending frames.
-    mem.nfree -= count
-    i = count
+    again = count if count < mem.nreturned else mem.nreturned
+    mem.nreturned -= again
+    # taken from the end of pfn[]: returned frames first, then fresh ones in ascending order
+    memcpy(batch.pfn + (count - again), mem.returned + mem.nreturned, again * sizeof(u32))
+    i = count - again
     while i:
         i -= 1
-        pfn = mem.free_list
-        if pfn != 0:
-            mem.free_list = mem.frames[pfn].index
-        else:
-            pfn = mem.fresh
-            mem.fresh += 1
-        batch.pfn[i] = pfn
+        batch.pfn[i] = <u32> mem.fresh
+        mem.fresh += 1
+    mem.nfree -= count
     pthread_mutex_unlock(&mem.lock)
     batch.n = count
+    batch.wanted -= count if count < batch.wanted else batch.wanted
 
 
 cdef inline u64 batch_take(FrameBatch *batch) noexcept nogil:
@@ -108,9 +92,16 @@ cdef inline u64 batch_take(FrameBatch *batch) noexcept nogil:
         if batch.n == 0:
             return 0
     batch.n -= 1
-    if batch.wanted:
-        batch.wanted -= 1
     return batch.pfn[batch.n]
+
+
+cdef inline void batch_return(FrameBatch *batch) noexcept nogil:
+    pthread_mutex_lock(&batch.mem.lock)
+    pool_give(batch.mem, batch.freed, batch.nfreed)
+    pool_give(batch.mem, batch.pfn, batch.n)
+    pthread_mutex_unlock(&batch.mem.lock)
+    batch.nfreed = 0
+    batch.n = 0
 
 
 cdef inline void batch_free(FrameBatch *batch, u64 pfn) noexcept nogil:
@@ -120,23 +111,16 @@ cdef inline void batch_free(FrameBatch *batch, u64 pfn) noexcept nogil:
         free(frame.contents)
         frame.contents = NULL
     frame.counts = 0
-    frame.owner = 0
-    frame.index = batch.freed
-    if batch.freed == 0:
-        batch.freed_tail = pfn
-    batch.freed = pfn
+    atomic_store(&frame.owner, 0)
+    if unlikely(batch.nfreed == BATCH):
+        batch_return(batch)
+    batch.freed[batch.nfreed] = <u32> pfn
     batch.nfreed += 1
 
 
 cdef inline void batch_end(FrameBatch *batch) noexcept nogil:
-    if batch.n == 0 and batch.nfreed == 0:
-        return
-    pthread_mutex_lock(&batch.mem.lock)
-    batch_return_freed(batch)
-    while batch.n:
-        batch.n -= 1
-        pool_give(batch.mem, batch.pfn[batch.n])
-    pthread_mutex_unlock(&batch.mem.lock)
+    if batch.n or batch.nfreed:
+        batch_return(batch)
 
 
 # Counts.  A frame whose only count is one mapping can be reached by nobody but the address space that maps it, and its

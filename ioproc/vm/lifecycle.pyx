@@ -37,6 +37,12 @@ cdef void file_free(FileCache *file) noexcept nogil:
     free(file)
 
 
+cdef void file_hold(FileCache *file) noexcept nogil:
+    pthread_mutex_lock(&file.mem.lock)
+    file.refs += 1
+    pthread_mutex_unlock(&file.mem.lock)
+
+
 cdef void file_put(FileCache *file) noexcept nogil:
     cdef bint last
     pthread_mutex_lock(&file.mem.lock)
@@ -52,7 +58,10 @@ cdef Memory *memory_new(u64 frames) noexcept nogil:
     if mem == NULL:
         return NULL
     mem.frames = <Frame *> calloc(frames + 1, sizeof(Frame))    # untouched until used
-    if mem.frames == NULL:
+    mem.returned = <u32 *> calloc(frames, sizeof(u32))
+    if mem.frames == NULL or mem.returned == NULL:
+        free(mem.frames)
+        free(mem.returned)
         free(mem)
         return NULL
     mem.nframes = frames
@@ -65,6 +74,7 @@ cdef Memory *memory_new(u64 frames) noexcept nogil:
 cdef void memory_free(Memory *mem) noexcept nogil:
     pthread_mutex_destroy(&mem.lock)
     free(mem.frames)
+    free(mem.returned)
     free(mem)
 
 

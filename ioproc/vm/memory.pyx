@@ -12,6 +12,14 @@ cdef u64 as_u64(object value, str name) except? 0xfffffffffffffff1:
     return number
 
 
+cdef int as_int(object value, str name) except? -0x7ffffff1:
+    """Flags or advice, as a system call's int."""
+    cdef u64 number = as_u64(value, name)
+    if number > 0x7fffffff:
+        raise ValueError(f"{name} = {value}: not in 0 .. 2**31 - 1")
+    return <int> number
+
+
 cdef class PhysicalMemory:
     """
     PhysicalMemory(frames=65536)
@@ -26,15 +34,15 @@ cdef class PhysicalMemory:
     Raises
     ------
     ValueError
-        `frames` is not in 1 .. 2**32.
+        `frames` is not in 1 .. 2**32 - 1.
     """
     cdef Memory *mem
     cdef object __weakref__
 
     def __cinit__(self, frames=65536):
         cdef u64 count = as_u64(frames, "frames")
-        if not 1 <= count <= 1 << 32:
-            raise ValueError(f"frames = {frames}: not in 1 .. 2**32")
+        if not 1 <= count < 1 << 32:
+            raise ValueError(f"frames = {frames}: not in 1 .. 2**32 - 1")
         self.mem = memory_new(count)
         if self.mem == NULL:
             raise MemoryError(f"no memory to describe {frames} frames")
@@ -78,6 +86,7 @@ cdef class PhysicalMemory:
         cdef u64 *spots = NULL
         cdef u64 count = 0
         cdef u64 i
+        cdef bint mapped
         cdef AddressSpace space
         cdef u64 *pte
         if number > self.mem.nframes:
@@ -100,9 +109,10 @@ cdef class PhysicalMemory:
             if not space.look_begin(False):
                 continue
             pte = pte_find(space.mm.root, addr)
-            if pte != NULL and pte[0] & PTE_PRESENT and not pte[0] & PTE_ZERO and pte_pfn(pte[0]) == number:
-                found.append((space, addr))
+            mapped = pte != NULL and pte[0] & PTE_PRESENT and not pte[0] & PTE_ZERO and pte_pfn(pte[0]) == number
             space.look_end()
+            if mapped:
+                found.append((space, addr))
         return found
 
     def __repr__(self):
@@ -115,38 +125,34 @@ cdef u64 *rmap_candidates(const Frame *frame, u64 *count) noexcept nogil:
     (MM *, address) pairs where the frame may be mapped: the VMAs of its owner that cover its index.  Memory.lock is held.
     NULL with *count nonzero: no memory.
     """
-    cdef const AnonLink *link
-    cdef const VMArea *vma
-    cdef const FileCache *file
+    cdef u64 owner = atomic_load(&frame.owner)
+    cdef u64 index = frame.index
+    cdef const AnonLink *link = NULL
+    cdef const VMArea *vma = NULL
     cdef u64 room = 0
     cdef u64 *spots
-    cdef bint anonymous = frame.owner & 1
     count[0] = 0
-    if frame.owner == 0:
-        return NULL
-    if anonymous:
-        room = (<const AnonVMA *> (frame.owner & ~1ULL)).nlinks
-    else:
-        vma = (<const FileCache *> frame.owner).mappings
+    if owner & 1:
+        link = (<const AnonVMA *> (owner & ~1ULL)).links
+        room = (<const AnonVMA *> (owner & ~1ULL)).nlinks
+    elif owner:
+        vma = (<const FileCache *> owner).mappings
         while vma != NULL:
             room += 1
             vma = vma.file_above
+        vma = (<const FileCache *> owner).mappings
     if room == 0:
         return NULL
     spots = <u64 *> malloc(16 * room)
     if spots == NULL:
         count[0] = room
         return NULL
-    if anonymous:
-        link = (<const AnonVMA *> (frame.owner & ~1ULL)).links
-        while link != NULL:
-            rmap_candidate(link.vma, frame.index, spots, count)
-            link = link.above
-    else:
-        vma = (<const FileCache *> frame.owner).mappings
-        while vma != NULL:
-            rmap_candidate(vma, frame.index, spots, count)
-            vma = vma.file_above
+    while link != NULL:
+        rmap_candidate(link.vma, index, spots, count)
+        link = link.above
+    while vma != NULL:
+        rmap_candidate(vma, index, spots, count)
+        vma = vma.file_above
     return spots
 
 
@@ -272,7 +278,7 @@ cdef bint file_write(FileCache *file, u64 at, const char *data, u64 count) noexc
         part = PAGE_SIZE - (at & (PAGE_SIZE - 1))
         if part > count:
             part = count
-        pfn = file_page(file, at >> PAGE_SHIFT)
+        pfn = file_page(file, at >> PAGE_SHIFT, NULL)
         if pfn == 0:
             return False
         frame = &file.mem.frames[pfn]

@@ -70,14 +70,15 @@ cdef enum:
 cdef struct Frame:              # 32 bytes
     u64 counts                  # low half: page-table entries that map it; high half: other references (page cache, pins)
     u64 owner                   # reverse map: AnonVMA * with bit 0 set, or FileCache *
-    u64 index                   # page offset in the owner; in a free frame: the next free pfn
+    u64 index                   # page offset in the owner
     char *contents              # PAGE_SIZE bytes, or NULL: zeros
 
 cdef struct Memory:
     Frame *frames               # frames[0] is the zero page
     u64 nframes                 # usable ones: 1 .. nframes
     u64 fresh                   # the lowest never used
-    u64 free_list               # pfn, 0: empty
+    u32 *returned               # free ones that were used, a stack; touched only as frames come back
+    u64 nreturned
     u64 nfree
     pthread_mutex_t lock
 
@@ -136,9 +137,8 @@ cdef struct FaultCounts:
     u64 reuse                   # write-protect fault, page kept
     u64 cow                     # write-protect fault, page copied
 
-cdef struct Attached:           # an ops structure that was registered here: for lifetimes, and for the order of release
+cdef struct Attached:           # an ops structure that was registered here: for the order of release
     const ioproc_ops *ops
-    void *owner                 # the Python object that keeps it alive: one reference
     Attached *next              # newest first
 
 cdef struct MM:

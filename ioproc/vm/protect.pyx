@@ -54,6 +54,9 @@ cdef enum Advice:
     MADV_SEQUENTIAL
     MADV_WILLNEED
     MADV_DONTNEED
+    MADV_FREE = 8
+    MADV_DONTFORK = 10
+    MADV_DOFORK = 11
     MADV_HUGEPAGE = 14
     MADV_NOHUGEPAGE = 15
     MADV_DONTDUMP = 16
@@ -67,6 +70,10 @@ cdef u64 advised_flags(u64 flags, int advice) noexcept nogil:
         return flags & ~<u64> VM_SEQ_READ | VM_RAND_READ
     if advice == MADV_SEQUENTIAL:
         return flags & ~<u64> VM_RAND_READ | VM_SEQ_READ
+    if advice == MADV_DONTFORK:
+        return flags | VM_DONTCOPY
+    if advice == MADV_DOFORK:
+        return flags & ~<u64> VM_DONTCOPY
     if advice == MADV_HUGEPAGE:
         return flags & ~<u64> VM_NOHUGEPAGE | VM_HUGEPAGE
     if advice == MADV_NOHUGEPAGE:
@@ -81,6 +88,8 @@ cdef u64 advised_flags(u64 flags, int advice) noexcept nogil:
 cdef int advice_known(int advice) noexcept nogil:
     """0; -EINVAL for what is no advice; -ENOSYS for what the model does not have yet."""
     if MADV_NORMAL <= advice <= MADV_DONTNEED or MADV_HUGEPAGE <= advice <= MADV_DODUMP:
+        return 0
+    if advice == MADV_FREE or advice == MADV_DONTFORK or advice == MADV_DOFORK:
         return 0
     if 8 <= advice <= 25 or 100 <= advice <= 103:
         return -ENOSYS
@@ -114,6 +123,11 @@ cdef int mm_madvise(MM *mm, u64 start, u64 length, int advice) noexcept nogil:
             batch_begin(&batch, mm.mem, 0)
             zap_range(mm, start, stop, &batch)
             batch_end(&batch)
+        elif advice == MADV_FREE:
+            if vma.flags & VM_LOCKED or not vma_is_anonymous(vma):
+                return -EINVAL
+            fire_range(mm, INVALIDATE_RANGE, vma, start, stop)
+            age_range(mm, start, stop)
         elif advised_flags(vma.flags, advice) != vma.flags:
             error = vma_modify(mm, &vma, start, stop, advised_flags(vma.flags, advice), vma.chain)
             if error:

@@ -1,0 +1,641 @@
+# Replay: a recorded history drives one address space per process, in one call without the GIL.
+from ioproc.trace.regions cimport Regions, regions_above, regions_add, regions_overlap, regions_remove
+
+cdef packed struct Event:       # the dtype EVENT of trace/format.py
+    u64 t
+    int pid
+    int tid
+    unsigned char op
+    unsigned char access
+    unsigned char origin
+    unsigned char error          # errno, 0: success
+    u32 prot
+    u32 flags
+    int file
+    u64 addr
+    u64 length
+    u64 arg
+    u64 ret
+
+cdef enum Operation:
+    OP_MMAP = 1
+    OP_MUNMAP
+    OP_MPROTECT
+    OP_MREMAP
+    OP_BRK
+    OP_MADVISE
+    OP_MSYNC
+    OP_FORK
+    OP_VFORK
+    OP_EXEC
+    OP_EXIT
+    OP_SHMAT
+    OP_SHMDT
+    OP_FAULT
+    OP_COMM
+    OP_MLOCK
+    OP_MUNLOCK
+    OP_MAP
+    OPERATIONS
+
+# How an event of the history and the model can differ.
+cdef enum Difference:
+    AGREES
+    RESULT                      # another errno or address than recorded
+    UNMAPPED                    # a fault where the model has no mapping
+    DENIED                      # a fault where the mapping allows no such access
+    PRESENT                     # a fault on a page that the model has mapped already
+    BEYOND                      # a fault beyond the end of a file
+    UNMODELLED                  # an operation the model does not have yet
+    SKIPPED                     # a failed call whose failure came from outside the address space
+    DIFFERENCES
+
+DIFFERENCE_NAMES = ("agrees", "result", "unmapped", "denied", "present", "beyond", "unmodelled", "skipped")
+
+cdef struct Device:             # the default ops of a replay: count, and tell useful calls from useless ones
+    u64 calls[9]
+    u64 useful[9]
+    Regions regions
+
+cdef struct Registration:       # a row of the plan: after event `event`, this range is registered for communication
+    u64 event
+    u64 start
+    u64 length
+
+cdef struct Process:
+    int pid
+    MM *mm
+    ioproc_ops ops
+    const ioproc_ops *device    # &ops, or the caller's
+    bint borrowed               # a vfork child's: the parent's mm until exec or exit
+    Device counted
+    Process *next               # same hash bucket
+
+cdef enum:
+    BUCKETS = 1024
+    NOTED = 64
+
+cdef struct Replay:
+    const Event *events
+    u64 n
+    u64 at                      # the next event
+    const Registration *plan
+    u64 planned
+    u64 next_planned
+    Memory *mem
+    FileCache **files
+    int nfiles
+    const ioproc_ops *device    # the caller's ops, or NULL
+    int placement
+    void *face                  # the Python object
+    Process *processes[BUCKETS]
+    u64 ops[OPERATIONS]
+    u64 differences[OPERATIONS][DIFFERENCES]
+    u64 noted[NOTED]            # the first events that differ
+    u64 nnoted
+    u64 guessed                 # faults of unknown access
+    u64 registrations
+    u64 register_failures
+    u64 registered_bytes        # now
+    u64 registered_peak
+    u64 vmas                    # now, over all processes
+    u64 vmas_peak
+    u64 created                 # address spaces
+    # of address spaces that are gone
+    HookCounts hooks
+    FaultCounts faults
+    u64 useful[9]
+
+cdef enum Placement:
+    PLACE_NONE
+    PLACE_MM
+    PLACE_VMA
+
+
+cdef void device_range(Device *device, int kind, u64 start, u64 end) noexcept nogil:
+    device.calls[kind] += 1
+    device.useful[kind] += regions_overlap(&device.regions, start, end)
+
+cdef void device_release(void *arg, ioproc_mm *mm) noexcept nogil:
+    (<Device *> arg).calls[<int> RELEASE] += 1
+
+cdef void device_sync_range(void *arg, const ioproc_vma *vma, u64 start, u64 end) noexcept nogil:
+    device_range(<Device *> arg, SYNC_RANGE, start, end)
+
+cdef void device_invalidate_range(void *arg, const ioproc_vma *vma, u64 start, u64 end) noexcept nogil:
+    device_range(<Device *> arg, INVALIDATE_RANGE, start, end)
+
+cdef void device_update_range(void *arg, const ioproc_vma *vma, u64 start, u64 end) noexcept nogil:
+    device_range(<Device *> arg, UPDATE_RANGE, start, end)
+
+cdef void device_change_protection(void *arg, const ioproc_vma *vma, u64 start, u64 end, u32 prot) noexcept nogil:
+    device_range(<Device *> arg, CHANGE_PROTECTION, start, end)
+
+cdef void device_sync_page(void *arg, const ioproc_vma *vma, u64 addr) noexcept nogil:
+    device_range(<Device *> arg, SYNC_PAGE, addr, addr + PAGE_SIZE)
+
+cdef void device_invalidate_page(void *arg, const ioproc_vma *vma, u64 addr) noexcept nogil:
+    device_range(<Device *> arg, INVALIDATE_PAGE, addr, addr + PAGE_SIZE)
+
+cdef void device_update_page(void *arg, const ioproc_vma *vma, u64 addr) noexcept nogil:
+    device_range(<Device *> arg, UPDATE_PAGE, addr, addr + PAGE_SIZE)
+
+cdef void device_wrprotect_page(void *arg, const ioproc_vma *vma, u64 addr) noexcept nogil:
+    device_range(<Device *> arg, WRPROTECT_PAGE, addr, addr + PAGE_SIZE)
+
+
+cdef Process *process_find(Replay *replay, int pid) noexcept nogil:
+    cdef Process *process = replay.processes[<u32> pid % BUCKETS]
+    while process != NULL and process.pid != pid:
+        process = process.next
+    return process
+
+
+cdef Process *process_add(Replay *replay, int pid) noexcept nogil:
+    """With no address space yet; NULL: no memory."""
+    cdef Process *process = <Process *> calloc(1, sizeof(Process))
+    cdef Process **bucket = &replay.processes[<u32> pid % BUCKETS]
+    if process == NULL:
+        return NULL
+    process.pid = pid
+    process.next = bucket[0]
+    bucket[0] = process
+    process.device = replay.device
+    if replay.device == NULL:
+        process.device = &process.ops
+        process.ops.version = IOPROC_ABI_VERSION
+        process.ops.size = sizeof(ioproc_ops)
+        process.ops.arg = &process.counted
+        process.ops.release = device_release
+        process.ops.sync_range = device_sync_range
+        process.ops.invalidate_range = device_invalidate_range
+        process.ops.update_range = device_update_range
+        process.ops.change_protection = device_change_protection
+        process.ops.sync_page = device_sync_page
+        process.ops.invalidate_page = device_invalidate_page
+        process.ops.update_page = device_update_page
+        process.ops.wrprotect_page = device_wrprotect_page
+    return process
+
+
+cdef bint process_adopt(Replay *replay, Process *process, MM *mm) noexcept nogil:
+    """Give the process its address space.  False: no memory."""
+    if mm == NULL:
+        return False
+    process.mm = mm
+    process.borrowed = False
+    replay.created += 1
+    replay.vmas += mm.map_count
+    with gil:
+        if not (<Player> replay.face).own(mm):
+            mm_teardown(mm)
+            mm_free(mm)
+            process.mm = NULL
+            return False
+    if replay.placement == PLACE_MM:
+        if mm_register(mm, process.device):
+            return False
+        replay.registrations += 1
+    return True
+
+
+cdef void counts_add(u64 *total, const u64 *more, int n) noexcept nogil:
+    cdef int i
+    for i in range(n):
+        total[i] += more[i]
+
+
+cdef void process_drop_memory(Replay *replay, Process *process) noexcept nogil:
+    """exec or exit: the address space goes, unless it was the parent's."""
+    cdef MM *mm = process.mm
+    process.mm = NULL
+    if mm == NULL or process.borrowed:
+        return
+    mm_lock(mm)
+    thread_set_inside(mm)
+    replay.vmas -= mm.map_count
+    mm_teardown(mm)
+    counts_add(<u64 *> &replay.hooks, <u64 *> &mm.hooks, sizeof(HookCounts) // 8)
+    counts_add(<u64 *> &replay.faults, <u64 *> &mm.faults, sizeof(FaultCounts) // 8)
+    thread_set_inside(NULL)
+    mm_unlock(mm)
+    replay.registered_bytes -= process.counted.regions.bytes
+    process.counted.regions.n = 0
+    process.counted.regions.bytes = 0
+    with gil:
+        (<Player> replay.face).disown(mm)
+
+
+cdef void process_remove(Replay *replay, Process *process) noexcept nogil:
+    cdef Process **link = &replay.processes[<u32> process.pid % BUCKETS]
+    process_drop_memory(replay, process)
+    while link[0] != process:
+        link = &link[0].next
+    link[0] = process.next
+    counts_add(replay.useful, process.counted.useful, 9)
+    free(process.counted.regions.ranges)
+    free(process)
+
+
+cdef bint communicates(Replay *replay, Process *process, u64 start, u64 length) noexcept nogil:
+    """The range is registered for communication from now on.  False: no memory."""
+    cdef Regions *regions = &process.counted.regions
+    cdef u64 end = start + page_align(length)
+    cdef u64 before = regions.bytes
+    cdef int error
+    if not regions_add(regions, start, end):
+        return False
+    replay.registered_bytes += regions.bytes - before
+    if replay.registered_bytes > replay.registered_peak:
+        replay.registered_peak = replay.registered_bytes
+    if replay.placement == PLACE_VMA:
+        error = vma_register(process.mm, process.device, start, end - start)
+        if error == 0:
+            replay.registrations += 1
+        elif error != -EEXIST:
+            replay.register_failures += 1
+    return True
+
+
+cdef void forgotten(Replay *replay, Process *process, u64 start, u64 length) noexcept nogil:
+    """Unmapped memory communicates no more."""
+    cdef Regions *regions = &process.counted.regions
+    cdef u64 before = regions.bytes
+    if regions.n and length:
+        regions_remove(regions, start, start + page_align(length))
+        replay.registered_bytes -= before - regions.bytes
+
+
+cdef int replay_fault(Replay *replay, Process *process, const Event *event, bint *out_of_memory) noexcept nogil:
+    cdef MM *mm = process.mm
+    cdef u64 addr = event.addr & PAGE_MASK
+    cdef VMArea *vma = vma_at(mm, addr)
+    cdef Table *leaf
+    cdef FrameBatch batch
+    cdef bint write = event.access == 2
+    cdef u64 *pte
+    cdef int why
+    if vma == NULL:
+        return UNMAPPED
+    if event.access == 0:
+        replay.guessed += 1
+        write = vma.flags & VM_WRITE != 0
+    if not vma_allows(vma, write):
+        return DENIED
+    leaf = leaf_find(mm.root, addr)
+    if leaf != NULL:
+        pte = &leaf.entry[table_index(addr, 0)]
+        if pte_allows(pte[0], write):
+            return PRESENT
+    batch_begin(&batch, mm.mem, 1)
+    why = fault(mm, vma, addr, &leaf, write, &batch)
+    batch_end(&batch)
+    if why == ACCESS_OOM:
+        out_of_memory[0] = True
+    return BEYOND if why == ACCESS_BUS else AGREES
+
+
+cdef int replay_map(Replay *replay, Process *process, const Event *event) noexcept nogil:
+    cdef FileCache *file = NULL
+    cdef u64 flags = event.flags & ~<u32> (MAP_FIXED_NOREPLACE) | MAP_FIXED
+    cdef u64 addr = event.addr if event.op == OP_MAP else event.ret
+    cdef i64 result
+    if event.error:
+        return SKIPPED
+    if 0 <= event.file < replay.nfiles:
+        file = replay.files[event.file]
+    elif not flags & MAP_ANONYMOUS:
+        flags |= MAP_ANONYMOUS
+    forgotten(replay, process, addr, event.length)
+    result = mm_mmap(process.mm, addr, event.length, event.prot, flags, file, event.arg)
+    return AGREES if result >= 0 and <u64> result == addr else RESULT
+
+
+cdef int replay_mremap(Replay *replay, Process *process, const Event *event) noexcept nogil:
+    cdef MM *mm = process.mm
+    cdef u64 old = page_align(event.length)
+    cdef u64 new = page_align(event.arg)
+    cdef int flags = event.flags
+    cdef u64 before
+    cdef bint grown_buffer, moved_buffer
+    cdef i64 result
+    if event.error:
+        result = mm_mremap(mm, event.addr, event.length, event.arg, flags & ~MREMAP_FIXED, 0)
+        return AGREES if result == -<i64> event.error else RESULT
+    if event.ret != event.addr:
+        flags |= MREMAP_MAYMOVE | MREMAP_FIXED
+    elif new > old:
+        flags &= ~MREMAP_MAYMOVE
+    moved_buffer = regions_overlap(&process.counted.regions, event.addr, event.addr + old)
+    grown_buffer = old > 0 and regions_overlap(&process.counted.regions, event.addr + old - PAGE_SIZE, event.addr + old)
+    result = mm_mremap(mm, event.addr, event.length, event.arg, flags, event.ret)
+    if result == -ENOSYS:
+        return UNMODELLED
+    if result < 0 or <u64> result != event.ret:
+        return RESULT
+    # a buffer moves and grows with its mapping, as the chain of its VMA does
+    before = process.counted.regions.bytes
+    if event.ret != event.addr:
+        regions_remove(&process.counted.regions, event.ret, event.ret + new)
+        if moved_buffer:
+            regions_move(&process.counted.regions, event.addr, event.ret, old if old < new else new)
+        regions_remove(&process.counted.regions, event.addr, event.addr + old)
+    elif new < old:
+        regions_remove(&process.counted.regions, event.addr + new, event.addr + old)
+    if grown_buffer and new > old:
+        regions_add(&process.counted.regions, event.ret + old, event.ret + new)
+    replay.registered_bytes += process.counted.regions.bytes - before
+    return AGREES
+
+
+cdef void regions_move(Regions *regions, u64 old, u64 new, u64 length) noexcept nogil:
+    """Add at `new` what is registered in [old, old + length), which does not overlap it."""
+    cdef u64 at = old
+    cdef u64 end = old + length
+    cdef u64 i, start, stop
+    while at < end:
+        i = regions_above(regions, at)
+        if i >= regions.n or regions.ranges[i].start >= end:
+            return
+        start = regions.ranges[i].start if regions.ranges[i].start > old else old
+        stop = regions.ranges[i].end if regions.ranges[i].end < end else end
+        at = stop
+        regions_add(regions, start - old + new, stop - old + new)
+
+
+cdef int replay_brk(Replay *replay, Process *process, const Event *event) noexcept nogil:
+    cdef MM *mm = process.mm
+    cdef u64 old = mm.brk
+    if event.addr == 0 or mm.start_brk == 0:
+        if mm.start_brk == 0:           # execve chose it; the first call tells
+            mm.start_brk = event.ret & PAGE_MASK
+            mm.brk = event.ret
+        return AGREES if mm.brk == event.ret else RESULT
+    if event.ret != event.addr and event.ret == old:
+        return AGREES                   # refused, for a reason outside the address space
+    if mm_brk(mm, event.addr) != event.ret:
+        return RESULT
+    if event.ret < old:
+        forgotten(replay, process, page_align(event.ret), page_align(old) - page_align(event.ret))
+    return AGREES
+
+
+cdef int errno_difference(const Event *event, int result) noexcept nogil:
+    if result == -ENOSYS:
+        return UNMODELLED
+    return AGREES if -result == event.error else RESULT
+
+
+cdef int replay_in_memory(Replay *replay, Process *process, const Event *event, bint *out_of_memory) noexcept nogil:
+    """An event inside one address space, which is locked."""
+    cdef MM *mm = process.mm
+    cdef int op = event.op
+    cdef int result
+    if op == OP_FAULT:
+        return replay_fault(replay, process, event, out_of_memory)
+    if op == OP_MMAP or op == OP_MAP:
+        return replay_map(replay, process, event)
+    if op == OP_MUNMAP:
+        result = mm_munmap(mm, event.addr, event.length)
+        if result == 0:
+            forgotten(replay, process, event.addr, event.length)
+        return errno_difference(event, result)
+    if op == OP_MPROTECT:
+        return errno_difference(event, mm_mprotect(mm, event.addr, event.length, event.prot))
+    if op == OP_MADVISE:
+        return errno_difference(event, mm_madvise(mm, event.addr, event.length, <int> event.arg))
+    if op == OP_MSYNC:
+        return errno_difference(event, mm_msync(mm, event.addr, event.length, <int> event.arg))
+    if op == OP_MREMAP:
+        return replay_mremap(replay, process, event)
+    if op == OP_BRK:
+        return replay_brk(replay, process, event)
+    if op == OP_SHMAT:
+        if event.error or not 0 <= event.file < replay.nfiles:
+            return SKIPPED
+        return AGREES if mm_shmat(mm, replay.files[event.file], event.ret, event.flags & 0o10000 != 0) == <i64> event.ret \
+            else RESULT
+    if op == OP_SHMDT:
+        result = mm_shmdt(mm, event.addr)
+        return errno_difference(event, result)
+    if op == OP_COMM:
+        if replay.placement != PLACE_NONE and not communicates(replay, process, event.addr & PAGE_MASK,
+                                                               event.length + (event.addr & (PAGE_SIZE - 1))):
+            out_of_memory[0] = True
+        return AGREES
+    return UNMODELLED
+
+
+cdef int replay_process(Replay *replay, Process *process, const Event *event, bint *out_of_memory) noexcept nogil:
+    """An event that makes, replaces or ends an address space."""
+    cdef Process *child
+    cdef MM *mm
+    if event.op == OP_EXEC:
+        if event.error:
+            return SKIPPED
+        process_drop_memory(replay, process)
+        mm = mm_new(replay.mem)
+        out_of_memory[0] = not process_adopt(replay, process, mm)
+        return AGREES
+    if event.op == OP_EXIT:
+        process_remove(replay, process)
+        return AGREES
+    if event.error:
+        return SKIPPED
+    child = process_find(replay, <int> event.arg)
+    if child != NULL:
+        process_remove(replay, child)       # the pid was used again
+    child = process_add(replay, <int> event.arg)
+    if child == NULL:
+        out_of_memory[0] = True
+        return AGREES
+    if event.op == OP_VFORK:
+        child.mm = process.mm
+        child.borrowed = True
+        return AGREES
+    mm_lock(process.mm)
+    thread_set_inside(process.mm)
+    mm = mm_fork(process.mm)
+    thread_set_inside(NULL)
+    mm_unlock(process.mm)
+    out_of_memory[0] = not process_adopt(replay, child, mm)
+    return AGREES
+
+
+cdef int replay_step(Replay *replay, const Event *event) noexcept nogil:
+    """One event: 0, or -ENOMEM."""
+    cdef Process *process = process_find(replay, event.pid)
+    cdef bint out_of_memory = False
+    cdef int difference
+    cdef u64 vmas
+    cdef MM *mm
+    cdef int op = event.op
+    if process == NULL:
+        process = process_add(replay, event.pid)
+        if process == NULL:
+            return -ENOMEM
+    if process.mm == NULL and op != OP_EXEC and op != OP_EXIT:
+        mm = mm_new(replay.mem)
+        if not process_adopt(replay, process, mm):
+            return -ENOMEM
+    if OP_FORK <= op <= OP_EXIT:
+        difference = replay_process(replay, process, event, &out_of_memory)
+    else:
+        mm = process.mm
+        mm_lock(mm)
+        thread_set_inside(mm)
+        vmas = mm.map_count
+        difference = replay_in_memory(replay, process, event, &out_of_memory)
+        while replay.next_planned < replay.planned and replay.plan[replay.next_planned].event <= replay.at:
+            if replay.plan[replay.next_planned].event == replay.at and difference == AGREES:
+                if not communicates(replay, process, replay.plan[replay.next_planned].start,
+                                    replay.plan[replay.next_planned].length):
+                    out_of_memory = True
+            replay.next_planned += 1
+        replay.vmas += mm.map_count - vmas
+        if replay.vmas > replay.vmas_peak:
+            replay.vmas_peak = replay.vmas
+        thread_set_inside(NULL)
+        mm_unlock(mm)
+    if op < OPERATIONS:
+        replay.ops[op] += 1
+        replay.differences[op][difference] += 1
+    if difference != AGREES and difference != SKIPPED and replay.nnoted < NOTED:
+        replay.noted[replay.nnoted] = replay.at
+        replay.nnoted += 1
+    return -ENOMEM if out_of_memory else 0
+
+
+cdef int replay_run(Replay *replay) noexcept nogil:
+    """To the end, or to what stopped it: -ENOMEM, or a callback that raised (1)."""
+    cdef int error
+    while replay.at < replay.n:
+        error = replay_step(replay, &replay.events[replay.at])
+        if error:
+            return error
+        replay.at += 1
+        if thread_raised() != NULL:
+            return 1
+    return 0
+
+
+cdef class Player:
+    """One replay: what its processes and files live in."""
+    cdef Replay replay
+    cdef PhysicalMemory mem
+    cdef list files
+    cdef dict spaces            # AddressSpace by the address of its MM
+    cdef object ops
+    cdef FileCache **caches
+
+    def __cinit__(self, PhysicalMemory mem not None, list sizes, Ops ops, int placement):
+        cdef int i
+        self.mem = mem
+        self.files = [File(mem, size) for size in sizes]
+        self.spaces = {}
+        self.ops = ops
+        self.replay.mem = mem.mem
+        self.replay.face = <void *> self
+        self.replay.placement = placement
+        if ops is not None:
+            self.replay.device = &ops.ops
+        self.replay.nfiles = len(sizes)
+        self.caches = <FileCache **> calloc(len(sizes) + 1, sizeof(FileCache *))
+        if self.caches == NULL:
+            raise MemoryError("replay")
+        for i in range(self.replay.nfiles):
+            self.caches[i] = (<File> self.files[i]).file
+        self.replay.files = self.caches
+
+    def __dealloc__(self):
+        cdef Process *process
+        cdef int i
+        for i in range(BUCKETS):
+            while self.replay.processes[i] != NULL:
+                process = self.replay.processes[i]
+                self.replay.processes[i] = process.next
+                free(process.counted.regions.ranges)
+                free(process)
+        free(self.caches)
+
+    cdef bint own(self, MM *mm) noexcept:
+        cdef AddressSpace face
+        try:
+            face = AddressSpace.__new__(AddressSpace, self.mem)
+            face.replace(mm)
+            self.spaces[<size_t> mm] = face
+        except BaseException as exception:
+            callback_raised(exception)
+            return False
+        return True
+
+    cdef void disown(self, MM *mm) noexcept:
+        self.spaces.pop(<size_t> mm, None)
+
+    def run(self, events, plan):
+        """All events; the processes that are left at the end stay as they are, for `finish` to count and end."""
+        cdef Py_buffer event_view
+        cdef Py_buffer plan_view
+        cdef int stopped
+        if thread_inside() != NULL:
+            raise RuntimeError("a hook callback may look at an address space and may not change it")
+        PyObject_GetBuffer(events.view(np.uint8), &event_view, PyBUF_SIMPLE)
+        try:
+            PyObject_GetBuffer(plan.view(np.uint8), &plan_view, PyBUF_SIMPLE)
+            try:
+                self.replay.events = <const Event *> event_view.buf
+                self.replay.n = event_view.len // sizeof(Event)
+                self.replay.plan = <const Registration *> plan_view.buf
+                self.replay.planned = plan_view.len // sizeof(Registration)
+                with nogil:
+                    stopped = replay_run(&self.replay)
+                    replay_end(&self.replay)
+            finally:
+                PyBuffer_Release(&plan_view)
+        finally:
+            PyBuffer_Release(&event_view)
+        if stopped < 0:
+            raise MemoryError(f"replay stopped in event {self.replay.at}: out of frames or memory")
+        try:
+            raise_pending()
+        except BaseException as exception:
+            exception.add_note(f"raised by a callback in event {self.replay.at - 1} of the replay" if stopped else
+                               "raised by a callback when the processes left at the end of the history exited")
+            raise
+
+    def result(self):
+        """dict of what was counted."""
+        cdef Replay *replay = &self.replay
+        cdef int op, kind
+        differences = {}
+        for op in range(1, <int> OPERATIONS):
+            row = {DIFFERENCE_NAMES[kind]: replay.differences[op][kind] for kind in range(<int> DIFFERENCES)
+                   if replay.differences[op][kind]}
+            if row:
+                differences[op] = row
+        return {
+            "events": replay.at,
+            "operations": {op: replay.ops[op] for op in range(1, <int> OPERATIONS) if replay.ops[op]},
+            "differences": differences,
+            "noted": [replay.noted[i] for i in range(replay.nnoted)],
+            "guessed_access": replay.guessed,
+            "address_spaces": replay.created,
+            "registrations": replay.registrations,
+            "register_failures": replay.register_failures,
+            "registered_peak": replay.registered_peak,
+            "vmas_peak": replay.vmas_peak,
+            "hooks": hook_dict(replay.hooks.walks),
+            "callbacks": hook_dict(replay.hooks.callbacks),
+            "useful": hook_dict(replay.useful),
+            "chain_nodes": replay.hooks.cells,
+            "faults": {"zero": replay.faults.zero, "anon": replay.faults.anon, "file": replay.faults.file,
+                       "reuse": replay.faults.reuse, "cow": replay.faults.cow},
+        }
+
+
+cdef void replay_end(Replay *replay) noexcept nogil:
+    """The processes that outlived the recording exit."""
+    cdef int i
+    for i in range(BUCKETS):
+        while replay.processes[i] != NULL:
+            process_remove(replay, replay.processes[i])
