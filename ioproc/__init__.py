@@ -18,6 +18,8 @@ from ._core import (
     VMA,
 )
 
+from .trace import Trace, choose, replay
+
 MAP_FIXED = 0x10
 MAP_LOCKED = 0x2000
 MAP_NORESERVE = 0x4000

@@ -1,0 +1,152 @@
+"""Replay a history through the model and count what its hooks would have done."""
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from .._core import HOOK_NAMES, Ops, PhysicalMemory, Player
+from .communication import REGISTRATION, Communication
+from .format import Op
+
+__all__ = ["PLACEMENTS", "Replay", "replay"]
+
+PLACEMENTS = ("none", "mm", "vma")
+FRAMES = 1 << 24
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What one replay counted.
+
+    Attributes
+    ----------
+    placement : str
+    events : int
+        Replayed.
+    seconds : float
+        Measured, of the replay itself.
+    operations : dict
+        Events by operation.
+    inferred : dict
+        Of these, what the history does not tell and the import inferred: ``events``, ``access``, ``file``, ``size``.
+    differences : dict
+        Events that went otherwise than recorded, by operation and class (docs/trace.md says what each class is):
+        ``result unmapped denied present beyond unmodelled``; and ``skipped``: calls that failed for a reason outside the
+        address space.
+    first_differing : list of int
+        Indices of the first ones.
+    disagreement : float
+        Share of the events that differ, ``skipped`` aside.
+    callbacks, useful : dict
+        Callbacks run, and those whose range overlaps memory registered for communication at that moment, by callback name.
+        `useful` is counted by the default device only.
+    calls, useful_share : int, float
+        Their sum without ``release``, and the useful part of it (nan without calls).
+    chain_nodes : int
+        Cells of chains visited.
+    registrations, register_failures : int
+    registered_peak : int
+        Bytes registered for communication at a time, at most.
+    vmas_peak : int
+        VMAs of all processes together, at most.
+    address_spaces : int
+    faults : dict
+        By kind: ``zero anon file reuse cow``.
+    """
+
+    placement: str
+    events: int
+    seconds: float
+    operations: dict
+    inferred: dict
+    differences: dict
+    first_differing: list
+    disagreement: float
+    callbacks: dict
+    useful: dict
+    calls: int
+    useful_share: float
+    chain_nodes: int
+    registrations: int
+    register_failures: int
+    registered_peak: int
+    vmas_peak: int
+    address_spaces: int
+    faults: dict
+
+    @property
+    def ns_per_event(self):
+        """float: measured."""
+        return self.seconds / self.events * 1e9 if self.events else float("nan")
+
+
+def replay(trace, *, placement="none", communication=None, ops=None, frames=FRAMES):
+    """Drive one address space per process through a history, in one call without the GIL.
+
+    Addresses the history returned are imposed; what differs from the record is counted, never hidden.
+
+    Parameters
+    ----------
+    trace : Trace
+    placement : {"none", "mm", "vma"}
+        Where the device registers: nowhere, on every address space, or on the VMAs of communicating memory.
+    communication : Communication, optional
+        The memory that communicates, registered when it is mapped (`ioproc.trace.choose`).  The history's own ``comm``
+        events count besides: their memory is registered at its first communication.
+    ops : Ops, optional
+        The device, instead of one that counts useful and useless calls.  A callback that raises stops the replay after
+        the event it happened in; the exception's notes say which.
+    frames : int
+        Physical memory; what is never used costs nothing.
+
+    Returns
+    -------
+    Replay
+
+    Raises
+    ------
+    MemoryError
+        Out of frames; the message says at which event.
+    """
+    if placement not in PLACEMENTS:
+        raise ValueError(f"placement = {placement!r}: not one of {', '.join(PLACEMENTS)}")
+    if communication is not None and not isinstance(communication, Communication):
+        raise TypeError(f"communication = {communication!r}: not a Communication; see ioproc.trace.choose")
+    if ops is not None and not isinstance(ops, Ops):
+        raise TypeError(f"ops = {ops!r}: not an Ops")
+    plan = np.empty(0, REGISTRATION) if communication is None else np.ascontiguousarray(communication.plan)
+    sizes = [int(file.get("size") or 0) for file in trace.metadata["files"]]
+    player = Player(PhysicalMemory(frames), sizes, ops, PLACEMENTS.index(placement))
+    begin = time.perf_counter()
+    player.run(np.ascontiguousarray(trace.events), plan)
+    seconds = time.perf_counter() - begin
+    counted = player.result()
+    names = {op: Op(op).name.lower() for op in counted["operations"]}
+    differences = {names[op]: {kind: n for kind, n in row.items() if kind != "agrees"}
+                   for op, row in counted["differences"].items()}
+    differing = sum(n for row in differences.values() for kind, n in row.items() if kind != "skipped")
+    calls = sum(counted["callbacks"][name] for name in HOOK_NAMES if name != "release")
+    useful = sum(counted["useful"].values())
+    return Replay(
+        placement=placement,
+        events=counted["events"],
+        seconds=seconds,
+        operations={names[op]: n for op, n in counted["operations"].items()},
+        inferred=trace.summary()["inferred"],
+        differences={op: row for op, row in differences.items() if row},
+        first_differing=counted["noted"],
+        disagreement=differing / max(counted["events"], 1),
+        callbacks=counted["callbacks"],
+        useful=counted["useful"],
+        calls=calls,
+        useful_share=useful / calls if calls and ops is None else float("nan"),
+        chain_nodes=counted["chain_nodes"],
+        registrations=counted["registrations"],
+        register_failures=counted["register_failures"],
+        registered_peak=counted["registered_peak"],
+        vmas_peak=counted["vmas_peak"],
+        address_spaces=counted["address_spaces"],
+        faults=counted["faults"],
+    )
