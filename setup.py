@@ -1,34 +1,40 @@
 """Build ioproc._core.  Debug switches, all environment variables set to 1:
 
-IOPROC_DEBUG      bounds checks and the core's own assertions
+IOPROC_DEBUG      bounds checks and the core's own assertions: a wrong index traps
 IOPROC_LINETRACE  line tracing, for coverage of the core
 IOPROC_SANITIZE   AddressSanitizer and UndefinedBehaviorSanitizer
 IOPROC_NO_HOOKS   hook sites compiled out: what hooks cost everybody else is measured against this
 """
 import os
+from pathlib import Path
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 
+SWITCHES = ("DEBUG", "LINETRACE", "SANITIZE", "NO_HOOKS")
+on = {name for name in SWITCHES if os.environ.get("IOPROC_" + name, "0") not in ("", "0")}
+debug, linetrace, sanitize, no_hooks = (name in on for name in SWITCHES)
 
-def switch(name):
-    return os.environ.get("IOPROC_" + name, "0") not in ("", "0")
+# setuptools rebuilds by the age of files alone: a change of switches must look like a change of a file.
+stamp = Path("build/switches.txt")
+changed = not stamp.exists() or stamp.read_text().split() != sorted(on)
+if changed:
+    stamp.parent.mkdir(exist_ok=True)
+    stamp.write_text("\n".join(sorted(on)))
 
-
-debug, linetrace, sanitize, no_hooks = map(switch, ("DEBUG", "LINETRACE", "SANITIZE", "NO_HOOKS"))
-
-flags = ["-O3", "-std=c11", "-D_GNU_SOURCE", "-fno-strict-aliasing", "-fvisibility=hidden"]
-link = ["-pthread"]
+compile_args = ["-O3", "-std=c11", "-D_GNU_SOURCE", "-fno-strict-aliasing", "-fvisibility=hidden"]
+link_args = ["-pthread"]
 macros = []
+if debug or linetrace or sanitize:
+    compile_args += ["-O1"]
 if debug:
-    flags += ["-O1", "-UNDEBUG"]
+    compile_args += ["-UNDEBUG", "-fsanitize=bounds", "-fsanitize-undefined-trap-on-error"]
     macros += [("IOPROC_DEBUG", "1")]
 if linetrace:
-    flags += ["-O1"]
     macros += [("CYTHON_TRACE", "1"), ("CYTHON_TRACE_NOGIL", "1")]
 if sanitize:
-    flags += ["-O1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-    link += ["-fsanitize=address,undefined"]
+    compile_args += ["-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+    link_args += ["-fsanitize=address,undefined"]
 if no_hooks:
     macros += [("IOPROC_NO_HOOKS", "1")]
 
@@ -36,14 +42,16 @@ core = Extension(
     "ioproc._core",
     ["ioproc/_core.pyx"],
     include_dirs=["ioproc/include"],
+    depends=["ioproc/include/ioproc.h", str(stamp)],
     define_macros=macros,
-    extra_compile_args=flags,
-    extra_link_args=link,
+    extra_compile_args=compile_args,
+    extra_link_args=link_args,
 )
 
 setup(
     ext_modules=cythonize(
         [core],
+        build_dir=None if linetrace else "build",   # coverage looks for the C file beside the source
         compiler_directives={
             "language_level": "3",
             "boundscheck": debug,
@@ -55,7 +63,7 @@ setup(
             "linetrace": linetrace,
             "binding": True,
         },
-        force=debug or linetrace,
+        force=changed,
         show_all_warnings=False,
     )
 )

@@ -100,26 +100,34 @@ cdef inline u64 vma_pte_bits(const VMArea *vma) noexcept nogil:
     return PTE_PRESENT | (PTE_USER if vma.flags & VM_ACCESS else 0)
 
 
-cdef inline int fault_anonymous(MM *mm, VMArea *vma, u64 addr, Table *leaf, bint write, FrameBatch *batch) noexcept nogil:
-    cdef u64 index = table_index(addr, 0)
+cdef inline bint map_anonymous(MM *mm, VMArea *vma, u64 addr, u64 *pte, FrameBatch *batch) noexcept nogil:
+    """A write to an empty entry, which the caller counts in its table.  False: no frame or no memory."""
     cdef u64 pfn
     cdef Frame *frame
-    if not write:
-        pte_set(leaf, index, PTE_ZERO | PTE_YOUNG | vma_pte_bits(vma))
-        mm.faults.zero += 1
-        fire_page(mm, UPDATE_PAGE, vma, addr)
-        return ACCESS_OK
     if unlikely(vma.anon == NULL) and not anon_prepare(vma):
-        return ACCESS_OOM
+        return False
     pfn = batch_take(batch)
     if unlikely(pfn == 0):
-        return ACCESS_OOM
+        return False
     frame = frame_at(mm.mem, pfn)
     frame.counts = 1
     frame_own(frame, vma, addr)
-    pte_set(leaf, index, pte_make(pfn, PTE_PRESENT | PTE_USER | PTE_WRITE | PTE_YOUNG | PTE_DIRTY | PTE_EXCLUSIVE))
+    pte[0] = pte_make(pfn, PTE_PRESENT | PTE_USER | PTE_WRITE | PTE_YOUNG | PTE_DIRTY | PTE_EXCLUSIVE)
     mm.rss += 1
     mm.faults.anon += 1
+    fire_page(mm, UPDATE_PAGE, vma, addr)
+    return True
+
+
+cdef inline int fault_anonymous(MM *mm, VMArea *vma, u64 addr, Table *leaf, bint write, FrameBatch *batch) noexcept nogil:
+    cdef u64 index = table_index(addr, 0)
+    if write:
+        if not map_anonymous(mm, vma, addr, &leaf.entry[index], batch):
+            return ACCESS_OOM
+        leaf.used += 1
+        return ACCESS_OK
+    pte_set(leaf, index, PTE_ZERO | PTE_YOUNG | vma_pte_bits(vma))
+    mm.faults.zero += 1
     fire_page(mm, UPDATE_PAGE, vma, addr)
     return ACCESS_OK
 
@@ -255,8 +263,9 @@ cdef inline int touch_range(MM *mm, u64 start, u64 end, bint write, FrameBatch *
     cdef u64 addr = start
     cdef u64 used_bits = PTE_YOUNG | (PTE_DIRTY if write else 0)
     cdef u64 faults = 0
-    cdef u64 limit, stop
+    cdef u64 limit, stop, mapped
     cdef u64 *pte
+    cdef bint anonymous
     cdef VMArea *vma
     cdef Table *leaf
     cdef int result = ACCESS_OK
@@ -266,6 +275,7 @@ cdef inline int touch_range(MM *mm, u64 start, u64 end, bint write, FrameBatch *
             result = ACCESS_SEGV
             break
         limit = vma.end if vma.end < end else end
+        anonymous = write and vma.file == NULL
         while addr < limit and result == ACCESS_OK:
             leaf = leaf_make(mm.root, addr)
             if leaf == NULL:
@@ -275,18 +285,26 @@ cdef inline int touch_range(MM *mm, u64 start, u64 end, bint write, FrameBatch *
             if stop > limit:
                 stop = limit
             pte = &leaf.entry[table_index(addr, 0)]
+            mapped = 0                      # entries set here that the table does not count yet
             while addr < stop:
                 if pte_allows(pte[0], write):
                     pte[0] |= used_bits
+                elif likely(anonymous and pte[0] == 0):
+                    if unlikely(not map_anonymous(mm, vma, addr, pte, batch)):
+                        result = ACCESS_OOM
+                        break
+                    mapped += 1
                 else:
                     result = fault_page(mm, vma, addr, leaf, write, batch)
                     if unlikely(result != ACCESS_OK):
-                        if leaf.used == 0:
-                            leaf_drop(mm.root, addr)
                         break
                     faults += 1
                 addr += PAGE_SIZE
                 pte += 1
+            leaf.used += mapped
+            faults += mapped
+            if leaf.used == 0:
+                leaf_drop(mm.root, addr)
     faulted[0] = faults
     stopped[0] = addr
     return result
