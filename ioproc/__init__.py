@@ -7,6 +7,7 @@ import os as _os
 
 from ._core import (
     HOOK_NAMES,
+    VMA,
     AccessError,
     AddressSpace,
     BusError,
@@ -15,9 +16,7 @@ from ._core import (
     Ops,
     PhysicalMemory,
     SegmentationFault,
-    VMA,
 )
-
 from .trace import Trace, choose, replay
 
 MAP_FIXED = 0x10
@@ -32,6 +31,11 @@ MS_ASYNC = 1
 MS_INVALIDATE = 2
 MS_SYNC = 4
 
+__all__ = [
+    "HOOK_NAMES", "MAP_FIXED", "MAP_FIXED_NOREPLACE", "MAP_LOCKED", "MAP_NORESERVE", "MAP_POPULATE", "MAP_STACK", "MREMAP_FIXED",
+    "MREMAP_MAYMOVE", "MS_ASYNC", "MS_INVALIDATE", "MS_SYNC", "VMA", "AccessError", "AddressSpace", "BusError", "CountingOps",
+    "File", "Ops", "PhysicalMemory", "SegmentationFault", "Trace", "choose", "get_include", "replay",
+]
 __version__ = "0.1.0"
 
 

@@ -10,7 +10,6 @@ import argparse
 import csv
 import json
 import math
-import mmap
 import sys
 import time
 from importlib import resources
@@ -54,7 +53,7 @@ def row(name, label, kind, share, achieved, result, vmas_none):
     return {
         "history": name, "communicates": label, "kind": kind, "share": share, "achieved_share": achieved,
         "placement": result.placement, "calls": result.calls, "useful_share": result.useful_share,
-        **{kind_: count for kind_, count in result.callbacks.items()},
+        **result.callbacks,
         "useful": result.useful,
         "chain_nodes": result.chain_nodes, "registrations": result.registrations,
         "register_failures": result.register_failures, "registered_peak": result.registered_peak,
@@ -177,7 +176,7 @@ def answer(name, trace, rows, call_ns, register_ns):
         return f"{duration(ns)}, {percent(100 * ns / wall)} of its {wall / 1e9:.1f} s" if wall else duration(ns)
 
     parts = [f"{name}: on the whole address space a device is called {whole['calls']:,} times "
-             f"({against(cost_ns(whole, call_ns, register_ns))}), {percent(100 * whole['calls'] / whole['events'])} of the events"]
+             f"({against(cost_ns(whole, call_ns, register_ns))}), {whole['calls'] / whole['events']:.2g} an event"]
     shares = sorted({line["share"] for line in compared if line["kind"] == "buffers"}) or [compared[0]["share"]]
     kind = "buffers" if any(line["kind"] == "buffers" for line in compared) else compared[0]["kind"]
     picked = [line for line in compared if line["placement"] == "vma" and line["kind"] == kind and line["registrations"]]
@@ -220,7 +219,7 @@ def parser():
     made = argparse.ArgumentParser(prog="python -m ioproc.bench", description=__doc__.split("\n\n")[0],
                                    epilog="Data on stdout, progress on stderr.  Exit status: 0; 2 usage; 3 unreadable input.")
     made.add_argument("--quick", action="store_true", help="one share and one kind, fewer repetitions: a few seconds")
-    made.add_argument("--trace", action="append", metavar="FILE", help="a history of yours instead of the shipped ones; may repeat")
+    made.add_argument("--trace", action="append", metavar="FILE", help="a history instead of the shipped ones; may repeat")
     made.add_argument("--seed", type=int, default=0, help="of the choice of communicating memory (default 0)")
     made.add_argument("--call-ns", type=float, metavar="NS",
                       help="cost of one callback for the answers (default: the native one measured here)")
@@ -274,9 +273,9 @@ def report(options, loaded, rows, costs, call_ns, answers):
         writer.writeheader()
         writer.writerows(rows)
         return
-    print("Calls by kind, and what they cost the replay.  useful: the range overlaps memory registered for communication at that\n"
-          "moment; nodes: chain cells visited; registr.: registrations of the device; VMAs: at most, over all processes, and how\n"
-          "many of them registering added; ns/event: replay time, measured.")
+    print("Calls by kind, and what they cost the replay.  useful: the range overlaps memory registered for communication\n"
+          "at that moment; nodes: chain cells visited; registr.: registrations of the device; VMAs: at most, over all\n"
+          "processes, and how many of them registering added; ns/event: replay time, measured.")
     for name, trace in loaded:
         its_rows = [line for line in rows if line["history"] == name]
         inferred = its_rows[0]["inferred"]

@@ -1,4 +1,5 @@
 # The C interface's other direction: what a native callback may call.
+from cpython.pycapsule cimport PyCapsule_New
 
 cdef u64 api_lookup_pte(const ioproc_mm *mm, u64 addr) noexcept nogil:
     cdef u64 *pte = pte_find((<MM *> mm).root, addr) if addr < TASK_SIZE else NULL

@@ -1,6 +1,6 @@
 # Ops: the face of an ops structure, with Python callables, native functions in capsules, or both.
-from cpython.pycapsule cimport PyCapsule_GetContext, PyCapsule_GetName, PyCapsule_GetPointer, PyCapsule_IsValid, PyCapsule_New
-from cpython.ref cimport Py_DECREF, Py_INCREF, Py_XDECREF
+from cpython.pycapsule cimport PyCapsule_GetContext, PyCapsule_GetPointer, PyCapsule_IsValid
+from cpython.ref cimport Py_DECREF, Py_INCREF
 
 HOOK_NAMES = ("release", "sync_range", "invalidate_range", "update_range", "change_protection",
               "sync_page", "invalidate_page", "update_page", "wrprotect_page")

@@ -82,7 +82,7 @@ class _Frames:
 
     def read(self, size=-1):
         while size < 0 or len(self._output) < size:
-            self._input = self._input or self._file.read(1 << 16)
+            self._input = self._input or self._file.read(1 << 11)
             if not self._input:
                 if self._frame is not None:
                     raise EOFError("the last frame has no end")

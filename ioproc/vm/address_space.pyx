@@ -425,8 +425,8 @@ cdef class AddressSpace:
         """
         Shrink, grow or move a mapping.
 
-        A move fires ``invalidate_range`` for the old range, for the new one, and for the old one again when it is unmapped, and no
-        update at the new place: the device faults it in.  The chain of a VMA moves with it.
+        A move fires ``invalidate_range`` for the old range, for the new one, and for the old one again when it is
+        unmapped, and no update at the new place: the device faults it in.  The chain of a VMA moves with it.
 
         Parameters
         ----------
@@ -576,8 +576,8 @@ cdef class AddressSpace:
 
     def fork(self):
         """
-        A copy-on-write child.  The parent's ``wrprotect_page`` fires for each page-table entry that loses its write permission; the
-        child starts with no ops.
+        A copy-on-write child.  The parent's ``wrprotect_page`` fires for each page-table entry that loses its write
+        permission; the child starts with no ops.
 
         Returns
         -------
@@ -610,7 +610,7 @@ cdef class AddressSpace:
         """Garbage collection may run in a callback of another address space: its state is put aside meanwhile."""
         cdef void *outer = thread_inside()
         cdef PyObject *outer_raised = thread_raised()
-        cdef list dropped
+        cdef list owners = self.owners          # let go of without the lock
         if self.mm == NULL or self.mm.dead:
             return 0
         thread_set_raised(NULL)
@@ -618,7 +618,6 @@ cdef class AddressSpace:
         thread_set_inside(self.mm)
         with nogil:
             mm_teardown(self.mm)
-        dropped = self.owners
         self.owners = None
         thread_set_inside(outer)
         mm_unlock(self.mm)
@@ -626,6 +625,7 @@ cdef class AddressSpace:
             raise_pending()
         finally:
             thread_set_raised(outer_raised)
+            owners.clear()
         return 0
 
     def __enter__(self):
@@ -650,8 +650,8 @@ cdef class AddressSpace:
         Raises
         ------
         OSError
-            EEXIST: it is on that chain already (nothing changed).  EINVAL: `addr` is no page, or an empty range.  ENOMEM: the range has a
-            hole (the VMAs before it are attached, as mbind does), or too many mappings.
+            EEXIST: it is on that chain already (nothing changed).  EINVAL: `addr` is no page, or an empty range.  ENOMEM:
+            the range has a hole (the VMAs before it are attached, as mbind does), or too many mappings.
         """
         self.change_chains(ops, addr, length, True)
 
@@ -739,8 +739,8 @@ cdef class AddressSpace:
         Returns
         -------
         ndarray
-            One row per page: ``present swapped writable dirty young zero shared`` (bool; `zero`: the shared zero page, `shared`: the
-            frame is mapped more than once), ``pfn`` (uint64, 0 where there is none).
+            One row per page: ``present swapped writable dirty young zero shared`` (bool; `zero`: the shared zero page,
+            `shared`: the frame is mapped more than once), ``pfn`` (uint64, 0 where there is none).
         """
         cdef u64 at = as_u64(addr, "addr")
         cdef u64 bytes_ = as_u64(length, "length")
@@ -762,9 +762,9 @@ cdef class AddressSpace:
     @property
     def stats(self):
         """
-        dict: ``faults`` and their kinds (``faults_zero _anon _file _reuse _cow``), ``map_count``, ``total_pages``, ``rss_pages``; ``hooks``
-        (chains walked) and ``callbacks`` (run), by callback name; ``chain_nodes`` visited.  Hooks are counted only where a
-        chain exists.
+        dict: ``faults`` and their kinds (``faults_zero _anon _file _reuse _cow``), ``map_count``, ``total_pages``,
+        ``rss_pages``; ``hooks`` (chains walked) and ``callbacks`` (run), by callback name; ``chain_nodes`` visited.
+        Hooks are counted only where a chain exists.
         """
         cdef FaultCounts faults
         cdef HookCounts hooks

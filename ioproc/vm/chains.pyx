@@ -1,5 +1,4 @@
 # Chains of an address space and of its VMAs: interned cells, attaching and detaching.
-from libc.errno cimport EEXIST, EINVAL, ENOMEM
 
 
 cdef Chain *cell_get(MM *mm, const ioproc_ops *ops, Chain *next) noexcept nogil:

@@ -1,6 +1,6 @@
 # mmap, munmap, brk and shared-memory attach.  System calls of the model return an address or 0, or a negative errno.
-from libc.errno cimport EACCES, EBADF, ENOSYS, EOPNOTSUPP, EOVERFLOW
-from posix.mman cimport MAP_ANONYMOUS, MAP_FIXED, MAP_PRIVATE, MAP_SHARED, PROT_EXEC, PROT_READ, PROT_WRITE
+from libc.errno cimport EBADF, EOPNOTSUPP, EOVERFLOW
+from posix.mman cimport MAP_ANONYMOUS, MAP_FIXED, MAP_PRIVATE, MAP_SHARED
 
 cdef enum:
     MAP_TYPE = 0x0f

@@ -141,7 +141,6 @@ cdef bint grow_in_place(MM *mm, VMArea *vma, u64 delta) noexcept nogil:
 
 cdef i64 mm_mremap(MM *mm, u64 addr, u64 old_length, u64 new_length, int flags, u64 new) noexcept nogil:
     cdef VMArea *vma
-    cdef u64 end
     cdef i64 error
     cdef i64 found
     if flags & MREMAP_DONTUNMAP:

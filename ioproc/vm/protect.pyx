@@ -1,5 +1,5 @@
 # mprotect, madvise and msync.
-from libc.errno cimport EAGAIN, EBUSY
+from libc.errno cimport EACCES, EAGAIN, EBUSY
 
 cdef int mm_mprotect(MM *mm, u64 start, u64 length, u64 prot) noexcept nogil:
     """VMA by VMA; a hole ends it with -ENOMEM after the VMAs before it were changed."""
