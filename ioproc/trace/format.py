@@ -73,10 +73,12 @@ EVENT = np.dtype([
 MAGIC = b"\x89IOPROC\n"
 VERSION = 1
 ROWS, PACKED = 0, 1
-BLOCK = 1 << 16
+BLOCK = 1 << 14
 # magic, version, layout, number of events, bytes of metadata, bytes of events as stored,
-# crc32 of the metadata, crc32 of the stored events, crc32 of the header before this field
-HEADER = struct.Struct("<8sIIQQQIII12x")
+# crc32 of the metadata, crc32 of the stored events, events per packed block, crc32 of the header before
+# this field
+HEADER = struct.Struct("<8sIIQQQIIII8x")
+BLOCK_LIMIT = 1 << 20
 METADATA_LIMIT = 1 << 28
 
 
@@ -112,8 +114,9 @@ class Trace:
     def __repr__(self):
         return f"<Trace of {len(self)} events: {self.metadata.get('command', 'unknown command')}>"
 
-    def blocks(self, size=BLOCK):
+    def blocks(self, size=None):
         """Yield the events in arrays of at most `size`."""
+        size = size or BLOCK
         for begin in range(0, len(self.events), size):
             yield self.events[begin:begin + size]
 
@@ -171,7 +174,7 @@ class Trace:
             size += len(data)
             checksum = zlib.crc32(data, checksum)
         header = HEADER.pack(MAGIC, VERSION, PACKED if packed else ROWS, len(self), len(metadata), size,
-                             zlib.crc32(metadata), checksum, 0)
+                             zlib.crc32(metadata), checksum, BLOCK, 0)
         header = _sealed(header)
         partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
         try:
@@ -327,7 +330,7 @@ def _unpack(data, count):
 
 
 def _sealed(header):
-    at = HEADER.size - 16
+    at = HEADER.size - 12
     return header[:at] + struct.pack("<I", zlib.crc32(header[:at])) + header[at + 4:]
 
 
@@ -349,14 +352,15 @@ def _read_header(stream, path):
         raise TraceError(path, "not an ioproc history")
     if len(data) < HEADER.size:
         raise TraceError(path, "truncated in its header")
-    (_, version, layout, count, metadata_size, size, metadata_crc, events_crc, _) = HEADER.unpack(data)
+    _, version, layout, count, metadata_size, size, metadata_crc, events_crc, block, _ = HEADER.unpack(data)
     if version != VERSION:
         raise TraceError(path, f"format version {version}; this program reads version {VERSION}")
     if _sealed(data) != data:
         raise TraceError(path, "damaged: the header's checksum does not match")
-    if layout not in (ROWS, PACKED) or size != count * EVENT.itemsize or metadata_size > METADATA_LIMIT:
+    if layout not in (ROWS, PACKED) or size != count * EVENT.itemsize or metadata_size > METADATA_LIMIT \
+            or not 0 < block <= BLOCK_LIMIT:
         raise TraceError(path, "damaged: the header contradicts itself")
-    return layout, count, metadata_size, metadata_crc, events_crc
+    return layout, count, metadata_size, metadata_crc, events_crc, block
 
 
 def _read_metadata(stream, path, header):
@@ -373,12 +377,12 @@ def _read_metadata(stream, path, header):
 
 
 def _read_events(stream, path, header):
-    layout, count, metadata_size, _, events_crc = header
+    layout, count, metadata_size, _, events_crc, size = header
     plain = layout == ROWS and stream.plain
     writer = None if plain else TraceWriter()
     checksum = 0
-    for begin in range(0, count, BLOCK):
-        length = min(BLOCK, count - begin)
+    for begin in range(0, count, size):
+        length = min(size, count - begin)
         data = _exactly(stream, length * EVENT.itemsize, path)
         checksum = zlib.crc32(data, checksum)
         if writer is not None:

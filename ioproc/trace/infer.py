@@ -75,7 +75,7 @@ END = (1 << 64,)
 
 
 def _rows(trace):
-    for block in trace.blocks(1 << 13):
+    for block in trace.blocks(1 << 12):
         yield from block.tolist()
 
 

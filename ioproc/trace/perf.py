@@ -20,7 +20,7 @@ _MAPPING = re.compile(r" (\d{1,9})/(\d{1,9}): \[(0x[0-9a-f]{1,16}|0)\((0x[0-9a-f
 _LOST = re.compile(r"PERF_RECORD_LOST\w* lost (\d{1,18})$")
 
 # perf script sorts by time, but for a few events near the ends of its rounds.
-WINDOW = 1 << 14
+WINDOW = 1 << 12
 
 FAULT = int(Op.FAULT)
 

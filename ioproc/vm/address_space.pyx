@@ -20,7 +20,7 @@ class AccessError(Exception):
     address : int
         The first byte that could not be accessed.
     completed : int
-        Bytes (``read``, ``write``) or pages (``touch``) accessed before it.
+        Bytes accessed before it; ``touch`` accesses one of each page.
     """
 
     def __init__(self, address, completed=0):
@@ -547,7 +547,7 @@ cdef class AddressSpace:
         Raises
         ------
         SegmentationFault, BusError
-            With the address, and the pages accessed before.
+            With the address, and the number of pages accessed before.
         MemoryError
             No frame for a page; the pages before it stay.
         """

@@ -213,7 +213,7 @@ cdef u64 mm_brk(MM *mm, u64 brk) noexcept nogil:
     if brk - mm.start_brk > mm.limit_data:
         return mm.brk
     if new < old:
-        if unmap_range(mm, new, old):
+        if vma_first_in(mm, new, old) == NULL or unmap_range(mm, new, old):
             return mm.brk
     elif new > old:
         # a page of room above, as the kernel keeps

@@ -59,13 +59,14 @@ cdef i64 move_vma(MM *mm, VMArea *vma, u64 old, u64 old_length, u64 new, u64 new
     return <i64> new
 
 
-cdef i64 mremap_check_resize(MM *mm, VMArea *vma, u64 addr, u64 old_length, u64 new_length) noexcept nogil:
+cdef i64 mremap_check_resize(MM *mm, VMArea *vma, u64 addr, u64 old_length, u64 new_length, bint fixed) noexcept nogil:
     """What growing, or moving one VMA with a new length, must satisfy."""
     cdef u64 pgoff
     if vma == NULL:
         return -EFAULT
     if new_length <= old_length:
-        return 0
+        # what shrinks may reach beyond the VMA, what moves may not
+        return -EFAULT if fixed and new_length > vma.end - addr else 0
     if old_length == 0 and not vma.flags & VM_SHARED:
         return -EINVAL
     if old_length > vma.end - addr:
@@ -90,7 +91,7 @@ cdef i64 mremap_to(MM *mm, u64 addr, u64 old_length, u64 new_length, u64 new) no
     if vma == NULL:
         return -EFAULT
     if old_length > new_length:
-        error = unmap_range(mm, addr + new_length, addr + old_length)
+        error = mm_munmap(mm, addr + new_length, old_length - new_length)
         if error:
             return error
         old_length = new_length
@@ -162,13 +163,13 @@ cdef i64 mm_mremap(MM *mm, u64 addr, u64 old_length, u64 new_length, int flags, 
         if old_length == new_length:
             return mremap_move_all(mm, addr, old_length, new)
     vma = vma_at(mm, addr)
-    error = mremap_check_resize(mm, vma, addr, old_length, new_length)
+    error = mremap_check_resize(mm, vma, addr, old_length, new_length, flags & MREMAP_FIXED != 0)
     if error:
         return error
     if flags & MREMAP_FIXED:
         return mremap_to(mm, addr, old_length, new_length, new)
     if new_length < old_length:
-        error = unmap_range(mm, addr + new_length, addr + old_length)
+        error = mm_munmap(mm, addr + new_length, old_length - new_length)
         return error if error else <i64> addr
     if new_length == old_length:
         return <i64> addr

@@ -1,12 +1,19 @@
 # mprotect, madvise and msync.
 from libc.errno cimport EACCES, EAGAIN, EBUSY
 
+cdef enum:
+    PROT_SEM = 0x8
+    PROT_GROWSDOWN = 0x01000000
+    PROT_GROWSUP = 0x02000000
+
 cdef int mm_mprotect(MM *mm, u64 start, u64 length, u64 prot) noexcept nogil:
     """VMA by VMA; a hole ends it with -ENOMEM after the VMAs before it were changed."""
     cdef u64 end, stop, flags
     cdef VMArea *vma
     cdef int error
-    if start & (PAGE_SIZE - 1) or prot & ~<u64> (VM_ACCESS | 0x8):
+    cdef u64 grows = prot & (PROT_GROWSDOWN | PROT_GROWSUP)
+    prot &= ~grows
+    if grows == PROT_GROWSDOWN | PROT_GROWSUP or start & (PAGE_SIZE - 1):
         return -EINVAL
     if length == 0:
         return 0
@@ -14,6 +21,13 @@ cdef int mm_mprotect(MM *mm, u64 start, u64 length, u64 prot) noexcept nogil:
     end = start + length
     if end <= start:
         return -ENOMEM
+    if prot & ~<u64> (VM_ACCESS | PROT_SEM):
+        return -EINVAL
+    if grows:                               # the model has no VMA that grows: what is there is the wrong kind
+        vma = vma_first_in(mm, start, end)
+        if vma == NULL or (grows == PROT_GROWSUP and vma.start > start):
+            return -ENOMEM
+        return -EINVAL
     while start < end:
         vma = vma_at(mm, start)
         if vma == NULL:
