@@ -4,6 +4,7 @@ import os
 
 import numpy as np
 
+cimport cython
 from libc.errno cimport EEXIST, EINVAL, ENOMEM, ENOSYS, ESRCH
 from libc.stdint cimport int64_t as i64, uint32_t as u32, uint64_t as u64
 from libc.stdlib cimport calloc, free, malloc

@@ -381,12 +381,10 @@ class Program:
         found = []
         if below:
             found += self.image(below[0] * PAGE, (below[-1] + 1) * PAGE, self.path)
-        cut = len(above)
-        while cut and cut < len(above) + 1:
-            cut -= 1
-            if cut == 0 or above[cut] - above[cut - 1] > STACK_GAP // PAGE:
-                break
-        stack, rest = above[cut:], above[:cut]
+        highest = len(above) - 1
+        while highest > 0 and above[highest] - above[highest - 1] <= STACK_GAP // PAGE:
+            highest -= 1
+        stack, rest = above[max(highest, 0):], above[:max(highest, 0)]
         if stack and (self.first_mmap is None or stack[0] * PAGE - self.first_mmap > STACK_GAP) and \
                 not any(stack[0] * PAGE <= start <= stack[-1] * PAGE for start, _ in self.protected):
             found += self.stack(stack)
@@ -394,7 +392,7 @@ class Program:
             rest = above
         for low, high in self.runs(rest):
             found += self.image(low, high, "[loader]")
-        return [(low, high, prot, flags, name) for low, high, prot, flags, name in found if low < high]
+        return [part for part in found if part[0] < part[1]]
 
     def runs(self, pages):
         """Join pages above the first mmap into ranges that no later mapping interrupts."""
@@ -423,17 +421,13 @@ class Program:
     def stack(self, pages):
         low, high = pages[0] * PAGE, (pages[-1] + 1) * PAGE
         code = sorted(page for page in self.code if pages[0] <= page <= pages[-1] + 16)
-        if not code:
-            return [(low, high, READ | WRITE, PRIVATE | ANONYMOUS | GROWSDOWN | STACK, "[stack]")]
-        # The vdso is one page or two of code, and its data lies in the few pages before it.
-        vdso = next((page for page in pages if page >= code[0] - 8), code[0])
-        vdso = min(vdso, code[0])
-        found = [(vdso * PAGE, max(high, (code[-1] + 1) * PAGE), READ | EXECUTE, PRIVATE | ANONYMOUS, "[vdso]")]
-        below = [page for page in pages if page < vdso]
-        if below:
-            found.append((low, (below[-1] + 1) * PAGE, READ | WRITE,
-                          PRIVATE | ANONYMOUS | GROWSDOWN | STACK, "[stack]"))
-        return found
+        # Nothing executes on the stack, so this is the vdso: its code, and its data in the few pages before.
+        vdso = min([page for page in pages if code and page >= code[0] - 8] + code[:1], default=None)
+        found = []
+        if vdso is not None:
+            found.append((vdso * PAGE, max(high, (code[-1] + 1) * PAGE), READ | EXECUTE, PRIVATE | ANONYMOUS, "[vdso]"))
+            high = max((page + 1 for page in pages if page < vdso), default=pages[0]) * PAGE
+        return [*found, (low, high, READ | WRITE, PRIVATE | ANONYMOUS | GROWSDOWN | STACK, "[stack]")]
 
 
 def leave(space, spaces, pid):

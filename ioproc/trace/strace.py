@@ -225,6 +225,8 @@ class _Reader:
             self.executed(t, end, tid, f"{name}({arguments}", failed)
         else:
             fields = getattr(self, "_" + name)(arguments, value)
+            if not failed and (fields.get("length", 0) >> 56 or fields.get("arg", 0) >> 62 or value >> 56):
+                raise LineError("no such call can have succeeded")
             takes = name in _TAKES
             if name == "brk":
                 takes = 0 < fields["addr"] < self.breaks.get(pid, 0)

@@ -140,10 +140,10 @@ cdef inline int fault_file(MM *mm, VMArea *vma, u64 addr, Table *leaf, bint writ
     cdef bint copy = write and not vma.flags & VM_SHARED
     cdef u64 pfn, page
     cdef Frame *frame
+    if copy and not anon_prepare(vma):      # even if the fault fails below: fork and merging will see it
+        return ACCESS_OOM
     if index >= page_align(file.size) >> PAGE_SHIFT:
         return ACCESS_BUS
-    if copy and not anon_prepare(vma):
-        return ACCESS_OOM
     pthread_mutex_lock(&mem.lock)
     page = file_page(file, index, batch)
     if page != 0 and not copy:

@@ -163,6 +163,7 @@ cdef void rmap_candidate(const VMArea *vma, u64 index, u64 *spots, u64 *count) n
         count[0] += 1
 
 
+@cython.no_gc_clear             # its end needs `mem`
 cdef class File:
     """
     File(mem, size)

@@ -89,6 +89,11 @@ cdef bint has_inherited(const VMArea *vma) noexcept nogil:
     return vma != NULL and vma.anon != NULL and not anon_is_singular(vma)
 
 
+cdef bint is_counted(const VMArea *vma) noexcept nogil:
+    """An attached segment counts its VMAs: none is removed by merging."""
+    return vma.flags & VM_SYSV_SHM != 0
+
+
 cdef bint may_merge(const Proposed *want, const VMArea *with_vma) noexcept nogil:
     if with_vma.flags != want.flags or with_vma.file != want.file or with_vma.chain != want.chain:
         return False
@@ -134,7 +139,7 @@ cdef void vma_remove(MM *mm, VMArea *vma) noexcept nogil:
 cdef VMArea *merge_new(MM *mm, Proposed *want) noexcept nogil:
     """The VMA that grew over the free range, or NULL: nothing fits, or no memory."""
     cdef bint left = may_merge_prev(want)
-    cdef bint right = may_merge_next(want, left)
+    cdef bint right = may_merge_next(want, left) and not (left and is_counted(want.next))
     cdef u64 end
     if left:
         end = want.next.end if right else want.end
@@ -168,6 +173,10 @@ cdef VMArea *merge_existing(MM *mm, Proposed *want) noexcept nogil:
     if not at_end:
         want.next = NULL
     right = at_end and may_merge_next(want, left)
+    if at_start and at_end and is_counted(middle):
+        return NULL
+    if left and right and is_counted(want.next):
+        right = False
     if left and right:
         if not anon_inherit(want.prev, want.next if want.next.anon != NULL else middle):
             return NULL

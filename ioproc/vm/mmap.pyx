@@ -138,6 +138,8 @@ cdef i64 map_range(MM *mm, u64 addr, u64 length, u64 flags, FileCache *file, u64
     want.prev = want.next.prev if want.next != NULL else mm.last
     if only_grow:
         want.next = NULL
+        if want.prev != NULL and want.prev.end <= mm.start_brk:
+            want.prev = NULL                # it ends where the heap begins: not the heap
     if merge_new(mm, &want) != NULL:
         vma_free(vma)
     else:

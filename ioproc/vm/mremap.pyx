@@ -100,7 +100,10 @@ cdef i64 mremap_to(MM *mm, u64 addr, u64 old_length, u64 new_length, u64 new) no
 
 
 cdef i64 mremap_move_all(MM *mm, u64 addr, u64 length, u64 new) noexcept nogil:
-    """Every VMA of the range, with the gaps between them; none may be missing at its start."""
+    """
+    Every VMA of the range, with the gaps between them; none may be missing at its start.  An attached segment moves only
+    alone, and whole.
+    """
     cdef u64 end = addr + length
     cdef u64 at = addr
     cdef u64 stop
@@ -112,6 +115,8 @@ cdef i64 mremap_move_all(MM *mm, u64 addr, u64 length, u64 new) noexcept nogil:
         if vma.start > at:
             at = vma.start
         stop = vma.end if vma.end < end else end
+        if vma.flags & VM_SYSV_SHM and (at > addr or vma.end < end):
+            return -EFAULT
         result = mremap_to(mm, at, stop - at, stop - at, new + (at - addr))
         if result < 0:
             return result

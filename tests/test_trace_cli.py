@@ -1,0 +1,148 @@
+"""``python -m ioproc``: what goes where, and how a user's mistakes end."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ioproc.trace import Op, Trace
+
+DATA = Path(__file__).parent / "data"
+STRACE, PERF = DATA / "halo2.user.strace.xz", DATA / "halo2.user.pf.txt.xz"
+
+
+def ioproc(*arguments, **options):
+    run = subprocess.run([sys.executable, "-m", "ioproc", *map(str, arguments)], capture_output=True, text=True,
+                         timeout=300, check=False, **options)
+    assert "Traceback" not in run.stderr
+    return run
+
+
+@pytest.fixture(scope="module")
+def history(tmp_path_factory):
+    path = tmp_path_factory.mktemp("cli") / "halo.ioproc.gz"
+    run = ioproc("import", "--strace", STRACE, "--perf", PERF, "-o", path, "--set", "command=mpirun halo", "--set",
+                 "untraced_s=0.5")
+    assert (run.returncode, run.stdout) == (0, "")
+    assert "37153 events" in run.stderr
+    return path
+
+
+def test_info_as_text(history):
+    run = ioproc("info", history)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "mpirun halo" in run.stdout
+    assert "events         37153" in run.stdout
+
+
+def test_info_as_json(history):
+    information = json.loads(ioproc("info", "--json", history).stdout)
+    assert information["operations"]["fault"] == 35454
+    assert information["metadata"]["untraced_s"] == 0.5
+    assert information["metadata"]["import"]["excluded_faults"] == 277
+
+
+def test_a_closed_pipe_is_no_error(history):
+    read, write = os.pipe()
+    os.close(read)
+    run = subprocess.run([sys.executable, "-m", "ioproc", "info", history], stdout=write, stderr=subprocess.PIPE,
+                         text=True, check=False)
+    os.close(write)
+    assert (run.returncode, run.stderr) == (0, "")
+
+
+def test_lenient_import_and_communication(tmp_path):
+    (tmp_path / "strace").write_text("1 1.000000 brk(NULL) = 0x9000 <0.000001>\nwhat?\n")
+    (tmp_path / "comm").write_text("1.5,1,0x1000,16,send\nwhat?\n")
+    run = ioproc("import", "--strace", "strace", "--comm", "comm", "-o", "a", cwd=tmp_path)
+    assert run.returncode == 3
+    assert run.stderr == "ioproc: strace:2: not a line of strace -f -ttt -T\n"
+    assert not (tmp_path / "a").exists()
+    run = ioproc("import", "--strace", "strace", "--comm", "comm", "--lenient", "-o", "a", cwd=tmp_path)
+    assert run.returncode == 0
+    assert "2 broken lines skipped" in run.stderr
+    assert Trace.load(tmp_path / "a").events["op"].tolist() == [Op.BRK, Op.COMM]
+
+
+@pytest.mark.parametrize(("arguments", "status", "message"), [
+    ([], 2, "usage"),
+    (["replicate"], 2, "invalid choice"),
+    (["info"], 2, "required"),
+    (["info", "none"], 3, "No such file"),
+    (["info", "."], 3, "directory"),
+    (["info", __file__], 3, "not an ioproc history"),
+    (["info", STRACE], 3, "not an ioproc history"),
+    (["import", "-o", "x"], 2, "required"),
+    (["import", "--strace", "none", "-o", "x"], 3, "No such file"),
+    (["import", "--strace", STRACE, "--perf", STRACE, "-o", "x"], 3, ":1: not a line of perf"),
+    (["import", "--strace", PERF, "-o", "x"], 3, ":1: not a line of strace"),
+    (["import", "--strace", STRACE, "-o", "no/where"], 2, "cannot write"),
+    (["import", "--strace", STRACE, "-o", "."], 2, "cannot write"),
+    (["import", "--strace", STRACE, "-o", "x", "--set", "files=3"], 2, "NAME=VALUE"),
+    (["import", "--strace", STRACE, "-o", "x", "--set", "untraced_s=soon"], 2, "number of seconds"),
+    (["record", "-o", "x"], 2, "no command"),
+    (["record", "-o", "x", "--", "no-such-command-here"], 2, "no such command"),
+    (["record", "-o", "x", "--untraced-runs", "-1", "--", "true"], 2, "must not be negative"),
+])
+def test_mistakes(tmp_path, arguments, status, message):
+    run = ioproc(*arguments, cwd=tmp_path)
+    assert (run.returncode, run.stdout) == (status, "")
+    assert message in run.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_history_cannot_steer_the_terminal(tmp_path):
+    (tmp_path / "strace").write_text("1 1.000000 brk(NULL) = 0x9000 <0.000001>\n")
+    ioproc("import", "--strace", "strace", "-o", "a", "--set", "command=\x1b[2Jhello", cwd=tmp_path)
+    assert "?[2Jhello" in ioproc("info", "a", cwd=tmp_path).stdout
+
+
+@pytest.mark.parametrize("missing", ["strace", "perf"])
+def test_record_without_its_tools(tmp_path, missing):
+    """A PATH that has everything but one tool."""
+    for tool in {"strace", "perf", "true"} - {missing}:
+        (tmp_path / tool).symlink_to("/bin/true")
+    run = ioproc("record", "-o", tmp_path / "x", "--", "true", env={**os.environ, "PATH": str(tmp_path)})
+    assert (run.returncode, run.stderr) == (2, f"ioproc: {missing} is not installed\n")
+
+
+def test_record_where_tracing_is_forbidden(tmp_path):
+    for tool in ("strace", "perf"):
+        (tmp_path / tool).symlink_to("/bin/true")
+    run = ioproc("record", "-o", tmp_path / "x", "--untraced-runs", "0", "--", "true",
+                 env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    assert run.returncode == 2
+    assert "may not trace here" in run.stderr
+
+
+def can_record():
+    try:
+        return subprocess.run(["perf", "record", "-q", "-o", "/dev/null", "-e", "page-faults:u", "-c", "1", "-d", "strace", "-f",
+                               "-o", "/dev/null", "true"], capture_output=True, check=False).returncode == 0
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not can_record(), reason="strace or perf is missing or may not trace")
+def test_record(tmp_path):
+    run = ioproc("record", "-o", "a.xz", "--untraced-runs", "1", "--keep", "kept", "--", "sh", "-c", "echo out; ls | wc",
+                 cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("out\n")
+    assert run.stdout.count("out\n") == 1
+    trace = Trace.load(tmp_path / "a.xz")
+    assert trace.metadata["command"] == "sh -c 'echo out; ls | wc'"
+    assert trace.metadata["untraced_s"] > 0
+    summary = trace.summary()
+    assert summary["operations"]["exec"] >= 2
+    assert summary["operations"]["exit"] == summary["processes"]
+    assert trace.metadata["import"]["unmapped"] == 0
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["perf", "strace"]
+
+
+@pytest.mark.skipif(not can_record(), reason="strace or perf is missing or may not trace")
+def test_record_of_a_command_that_fails(tmp_path):
+    run = ioproc("record", "-o", tmp_path / "x", "--", "false")
+    assert (run.returncode, run.stderr) == (2, "ioproc: false ends with status 1 without tracing\n")
