@@ -5,18 +5,26 @@ Start with `AddressSpace` and `Ops`; ``python -m ioproc.bench`` compares hook pl
 """
 import os as _os
 
-from ._core import (
-    HOOK_NAMES,
-    VMA,
-    AccessError,
-    AddressSpace,
-    BusError,
-    CountingOps,
-    File,
-    Ops,
-    PhysicalMemory,
-    SegmentationFault,
-)
+try:
+    from ._core import (
+        HOOK_NAMES,
+        VMA,
+        AccessError,
+        AddressSpace,
+        BusError,
+        CountingOps,
+        File,
+        Ops,
+        PhysicalMemory,
+        SegmentationFault,
+    )
+except ModuleNotFoundError as error:
+    if error.name != "ioproc._core":
+        raise
+    raise ImportError(
+        f"{_os.path.dirname(__file__)} holds ioproc's sources, not a built package: install it and run python with -P or in "
+        "another folder, or build it in place with 'python setup.py build_ext --inplace'"
+    ) from None
 from .trace import Trace, choose, replay
 
 MAP_FIXED = 0x10

@@ -1,10 +1,10 @@
 """The core of ioproc in C: hooks, address spaces, replay.  Use it through the package."""
 from collections.abc import Callable, Mapping
-from typing import Any, SupportsIndex, TypedDict, type_check_only
+from typing import Any, Self, SupportsIndex, TypedDict, type_check_only
 
 import numpy as np
 from numpy.typing import NDArray
-from typing_extensions import Buffer, CapsuleType, Self
+from typing_extensions import Buffer, CapsuleType
 
 HOOK_NAMES: tuple[str, ...]
 DIFFERENCE_NAMES: tuple[str, ...]

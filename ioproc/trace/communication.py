@@ -147,7 +147,7 @@ class _Memory:
             self.candidates.add(new_start, new_end)     # what was registered moves along; nothing new
 
 
-_MAPPING = (Op.MMAP, Op.MAP, Op.MUNMAP, Op.MPROTECT, Op.MREMAP, Op.BRK, Op.FORK, Op.EXEC, Op.EXIT)
+_MAPPING = (Op.MMAP, Op.MAP, Op.MUNMAP, Op.MPROTECT, Op.MREMAP, Op.BRK, Op.FORK, Op.VFORK, Op.EXEC, Op.EXIT)
 
 
 def _mappings(trace):
@@ -180,12 +180,14 @@ def _fresh(memory, memories, event):
     elif op == Op.BRK:
         old, new = (-(-value // PAGE) * PAGE for value in (memory.brk, ret))
         memory.brk = ret
-        if addr and new > old:
+        if new > old > 0:                               # the first tells only where the heap begins
             return memory.mapped(old, new, True, True)
-        if addr:
+        if new < old:
             memory.unmapped(new, old)
     elif op == Op.FORK:
         memories[int(event["arg"])] = _Memory(memory)
+    elif op == Op.VFORK:
+        memories[int(event["arg"])] = memory            # its parent's, until exec or exit
     else:                               # exec, exit
         memories.pop(int(event["pid"]), None)
     return []

@@ -31,6 +31,8 @@ class Replay:
         Events by operation.
     inferred : dict
         Of these, what the history does not tell and the import inferred: ``events``, ``access``, ``file``, ``size``.
+    guessed : int
+        Faults of unknown access: taken for a write where the mapping is writable.
     differences : dict
         Events that went otherwise than recorded, by operation and class (docs/trace.md says what each class is):
         ``result unmapped denied present beyond unmodelled``; and ``skipped``: calls that failed for a reason outside the
@@ -43,7 +45,7 @@ class Replay:
         Callbacks run, and those whose range overlaps memory registered for communication at that moment, by callback name.
         `useful` is counted by the default device only.
     calls, useful_share : int, float
-        Their sum without ``release``, and the useful part of it (nan without calls).
+        Their sum without ``release``, and the useful part of it (nan without calls, or with other `ops`).
     chain_nodes : int
         Cells of chains visited.
     registrations, register_failures : int
@@ -61,6 +63,7 @@ class Replay:
     seconds: float
     operations: dict
     inferred: dict
+    guessed: int
     differences: dict
     first_differing: list
     disagreement: float
@@ -93,7 +96,7 @@ def replay(trace, *, placement="none", communication=None, ops=None, frames=FRAM
     placement : {"none", "mm", "vma"}
         Where the device registers: nowhere, on every address space, or on the VMAs of communicating memory.
     communication : Communication, optional
-        The memory that communicates, registered when it is mapped (`ioproc.trace.choose`).  The history's own ``comm``
+        The memory that communicates, registered when it becomes writable (`ioproc.trace.choose`).  The history's own ``comm``
         events count besides: their memory is registered at its first communication.
     ops : Ops, optional
         The device, instead of one that counts useful and useless calls.  A callback that raises stops the replay after
@@ -116,7 +119,7 @@ def replay(trace, *, placement="none", communication=None, ops=None, frames=FRAM
         raise TypeError(f"communication = {communication!r}: not a Communication; see ioproc.trace.choose")
     if ops is not None and not isinstance(ops, Ops):
         raise TypeError(f"ops = {ops!r}: not an Ops")
-    plan = np.empty(0, REGISTRATION) if communication is None else np.ascontiguousarray(communication.plan)
+    plan = np.empty(0, REGISTRATION) if communication is None else _checked(communication.plan)
     sizes = [int(file.get("size") or 0) for file in trace.metadata["files"]]
     player = Player(PhysicalMemory(frames), sizes, ops, PLACEMENTS.index(placement))
     begin = time.perf_counter()
@@ -135,6 +138,7 @@ def replay(trace, *, placement="none", communication=None, ops=None, frames=FRAM
         seconds=seconds,
         operations={names[op]: n for op, n in counted["operations"].items()},
         inferred=trace.summary()["inferred"],
+        guessed=counted["guessed_access"],
         differences={op: row for op, row in differences.items() if row},
         first_differing=counted["noted"],
         disagreement=differing / max(counted["events"], 1),
@@ -150,3 +154,12 @@ def replay(trace, *, placement="none", communication=None, ops=None, frames=FRAM
         address_spaces=counted["address_spaces"],
         faults=counted["faults"],
     )
+
+
+def _checked(plan):
+    plan = np.ascontiguousarray(plan)
+    if plan.dtype != REGISTRATION or plan.ndim != 1:
+        raise TypeError("communication.plan: not a one-dimensional array of dtype ioproc.trace.REGISTRATION")
+    if (plan["event"][1:] < plan["event"][:-1]).any():
+        raise ValueError("communication.plan: not in the order of its events")
+    return plan

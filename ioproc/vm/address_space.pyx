@@ -281,10 +281,7 @@ cdef class AddressSpace:
         return 0
 
     cdef void lock(self):
-        if pthread_mutex_trylock(&self.mm.lock) == 0:
-            self.mm.owner = pthread_self()
-            self.mm.locked = True
-        else:
+        if not mm_trylock(self.mm):
             with nogil:
                 mm_lock(self.mm)
 
@@ -295,16 +292,13 @@ cdef class AddressSpace:
 
     cdef bint look_begin(self, bint wait=True) except -1:
         """Lock for looking, unless this thread has the lock: False if that would have to wait and must not."""
-        if self.mm.locked and self.mm.owner == pthread_self():
+        if mm_is_mine(self.mm):
             self.looking += 1
         elif thread_inside() == NULL:
             self.lock()
-        elif pthread_mutex_trylock(&self.mm.lock) == 0:
-            self.mm.owner = pthread_self()
-            self.mm.locked = True
-        elif wait:
-            raise RuntimeError("this address space is in use, and a hook callback never waits")
-        else:
+        elif not mm_trylock(self.mm):
+            if wait:
+                raise RuntimeError("this address space is in use, and a hook callback never waits")
             return False
         return True
 

@@ -165,8 +165,7 @@ cdef struct MM:
     Attached *attached
     HookCounts hooks
     FaultCounts faults
-    pthread_t owner             # the thread that holds the lock
-    bint locked
+    u64 owner                   # the thread that holds the lock, 0: nobody
     bint dead                   # exited
     void *face                  # the Python object, borrowed; under the GIL
 
@@ -198,13 +197,24 @@ cdef extern from * nogil:
 
 cdef inline void mm_lock(MM *mm) noexcept nogil:
     pthread_mutex_lock(&mm.lock)
-    mm.owner = pthread_self()
-    mm.locked = True
+    atomic_store(&mm.owner, <u64> pthread_self())
+
+
+cdef inline bint mm_trylock(MM *mm) noexcept nogil:
+    if pthread_mutex_trylock(&mm.lock) != 0:
+        return False
+    atomic_store(&mm.owner, <u64> pthread_self())
+    return True
 
 
 cdef inline void mm_unlock(MM *mm) noexcept nogil:
-    mm.locked = False
+    atomic_store(&mm.owner, 0)
     pthread_mutex_unlock(&mm.lock)
+
+
+cdef inline bint mm_is_mine(const MM *mm) noexcept nogil:
+    """This thread holds the lock: nobody else could have written its name there."""
+    return atomic_load(&mm.owner) == <u64> pthread_self()
 
 
 cdef inline u64 page_align(u64 length) noexcept nogil:

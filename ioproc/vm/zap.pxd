@@ -1,10 +1,10 @@
 # Taking page-table entries away, changing their protection, moving them.  Callers fire the hooks.
 from libc.stdint cimport uint64_t as u64
 from ioproc.hooks.chain cimport unlikely
-from ioproc.vm.frames cimport FrameBatch, frame_at, frame_unmap
+from ioproc.vm.frames cimport FrameBatch, frame_unmap
 from ioproc.vm.mm cimport (
     MM, PAGE_SIZE, PTE_DIRTY, PTE_EXCLUSIVE, PTE_PRESENT, PTE_USER, PTE_WRITE, PTE_YOUNG, PTE_ZERO, VM_ACCESS, VM_SHARED,
-    VM_WRITE, Table, VMArea, atomic_load)
+    VM_WRITE, Table, VMArea)
 from ioproc.vm.page_table cimport leaf_drop, leaf_make, leaf_next, pte_set, table_index
 
 
@@ -99,7 +99,7 @@ cdef inline bint move_range(MM *mm, u64 old, u64 new, u64 length) noexcept nogil
 
 
 cdef inline void age_range(MM *mm, u64 start, u64 end) noexcept nogil:
-    """MADV_FREE: the anonymous pages of [start, end) that nobody shares become old and clean."""
+    """MADV_FREE: the anonymous pages of [start, end) become old and clean."""
     cdef u64 addr = start
     cdef u64 stop, pte, i
     cdef Table *leaf
@@ -112,6 +112,6 @@ cdef inline void age_range(MM *mm, u64 start, u64 end) noexcept nogil:
             stop = end
         for i in range(table_index(addr, 0), table_index(addr, 0) + ((stop - addr) >> 12)):
             pte = leaf.entry[i]
-            if pte & PTE_PRESENT and not pte & PTE_ZERO and atomic_load(&frame_at(mm.mem, pte >> 12).counts) == 1:
+            if pte & PTE_PRESENT and not pte & PTE_ZERO:
                 leaf.entry[i] = pte & ~<u64> (PTE_YOUNG | PTE_DIRTY)
         addr = stop

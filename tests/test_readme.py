@@ -1,0 +1,28 @@
+"""The README's example prints what the README says, and its two commands are what CI runs."""
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def test_example_prints_what_it_says():
+    code, expected = re.search(r"```python\n(.*?)```\n```\n(.*?)```", README, re.DOTALL).groups()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == (expected, "")
+
+
+def test_example_is_short():
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 25
+
+
+def test_two_commands():
+    commands = re.findall(r"^ {4}(python3 -m venv .*)$", README, re.MULTILINE)
+    assert ["ioproc.bench" in commands[0], "pytest" in commands[1], len(commands)] == [True, True, 2]
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (Path(__file__).parent.parent / target).exists(), target
