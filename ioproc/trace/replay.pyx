@@ -62,13 +62,16 @@ cdef struct Registration:       # a row of the plan: after event `event`, this r
     u64 start
     u64 length
 
-cdef struct Process:
-    int pid
+cdef struct Space:              # an address space and its device
     MM *mm
+    int users                   # processes: a vfork child uses its parent's until exec or exit
     ioproc_ops ops
     const ioproc_ops *device    # &ops, or the caller's
-    bint borrowed               # a vfork child's: the parent's mm until exec or exit
     Device counted
+
+cdef struct Process:
+    int pid
+    Space *space                # NULL before its first event
     Process *next               # same hash bucket
 
 cdef enum:
@@ -160,40 +163,57 @@ cdef Process *process_add(Replay *replay, int pid) noexcept nogil:
     process.pid = pid
     process.next = bucket[0]
     bucket[0] = process
-    process.device = replay.device
-    if replay.device == NULL:
-        process.device = &process.ops
-        process.ops.version = IOPROC_ABI_VERSION
-        process.ops.size = sizeof(ioproc_ops)
-        process.ops.arg = &process.counted
-        process.ops.release = device_release
-        process.ops.sync_range = device_sync_range
-        process.ops.invalidate_range = device_invalidate_range
-        process.ops.update_range = device_update_range
-        process.ops.change_protection = device_change_protection
-        process.ops.sync_page = device_sync_page
-        process.ops.invalidate_page = device_invalidate_page
-        process.ops.update_page = device_update_page
-        process.ops.wrprotect_page = device_wrprotect_page
     return process
+
+
+cdef Space *space_new(Replay *replay, MM *mm) noexcept nogil:
+    """NULL: no memory."""
+    cdef Space *space = <Space *> calloc(1, sizeof(Space))
+    if space == NULL:
+        return NULL
+    space.mm = mm
+    space.users = 1
+    space.device = replay.device
+    if replay.device == NULL:
+        space.device = &space.ops
+        space.ops.version = IOPROC_ABI_VERSION
+        space.ops.size = sizeof(ioproc_ops)
+        space.ops.arg = &space.counted
+        space.ops.release = device_release
+        space.ops.sync_range = device_sync_range
+        space.ops.invalidate_range = device_invalidate_range
+        space.ops.update_range = device_update_range
+        space.ops.change_protection = device_change_protection
+        space.ops.sync_page = device_sync_page
+        space.ops.invalidate_page = device_invalidate_page
+        space.ops.update_page = device_update_page
+        space.ops.wrprotect_page = device_wrprotect_page
+    return space
 
 
 cdef bint process_adopt(Replay *replay, Process *process, MM *mm) noexcept nogil:
     """Give the process its address space.  False: no memory."""
+    cdef Space *space
+    cdef bint owned
     if mm == NULL:
         return False
-    process.mm = mm
-    process.borrowed = False
+    space = space_new(replay, mm)
+    owned = space != NULL
+    if owned:
+        with gil:
+            owned = (<Player> replay.face).own(mm)
+    if not owned:
+        mm_teardown(mm)
+        mm_free(mm)
+        free(space)
+        return False
+    process.space = space
     replay.created += 1
     replay.vmas += mm.map_count
-    with gil:
-        if not (<Player> replay.face).own(mm):
-            mm_teardown(mm)
-            mm_free(mm)
-            process.mm = NULL
-            return False
+    if replay.vmas > replay.vmas_peak:
+        replay.vmas_peak = replay.vmas
     if replay.placement == PLACE_MM:
-        if mm_register(mm, process.device):
+        if mm_register(mm, space.device):
             return False
         replay.registrations += 1
     return True
@@ -206,11 +226,16 @@ cdef void counts_add(u64 *total, const u64 *more, int n) noexcept nogil:
 
 
 cdef void process_drop_memory(Replay *replay, Process *process) noexcept nogil:
-    """exec or exit: the address space goes, unless it was the parent's."""
-    cdef MM *mm = process.mm
-    process.mm = NULL
-    if mm == NULL or process.borrowed:
+    """exec or exit: the address space goes with its last user."""
+    cdef Space *space = process.space
+    cdef MM *mm
+    process.space = NULL
+    if space == NULL:
         return
+    space.users -= 1
+    if space.users:
+        return
+    mm = space.mm
     mm_lock(mm)
     thread_set_inside(mm)
     replay.vmas -= mm.map_count
@@ -219,9 +244,10 @@ cdef void process_drop_memory(Replay *replay, Process *process) noexcept nogil:
     counts_add(<u64 *> &replay.faults, <u64 *> &mm.faults, sizeof(FaultCounts) // 8)
     thread_set_inside(NULL)
     mm_unlock(mm)
-    replay.registered_bytes -= process.counted.regions.bytes
-    process.counted.regions.n = 0
-    process.counted.regions.bytes = 0
+    counts_add(replay.useful, space.counted.useful, 9)
+    replay.registered_bytes -= space.counted.regions.bytes
+    free(space.counted.regions.ranges)
+    free(space)
     with gil:
         (<Player> replay.face).disown(mm)
 
@@ -232,42 +258,66 @@ cdef void process_remove(Replay *replay, Process *process) noexcept nogil:
     while link[0] != process:
         link = &link[0].next
     link[0] = process.next
-    counts_add(replay.useful, process.counted.useful, 9)
-    free(process.counted.regions.ranges)
     free(process)
 
 
-cdef bint communicates(Replay *replay, Process *process, u64 start, u64 length) noexcept nogil:
-    """The range is registered for communication from now on.  False: no memory."""
-    cdef Regions *regions = &process.counted.regions
+cdef void attach(Replay *replay, Space *space, u64 start, u64 end) noexcept nogil:
+    if vma_register(space.mm, space.device, start, end - start) == 0:
+        replay.registrations += 1
+    else:
+        replay.register_failures += 1
+
+
+cdef bint communicates(Replay *replay, Space *space, u64 start, u64 length) noexcept nogil:
+    """The range is registered for communication from now on, what of it is not yet.  False: no memory."""
+    cdef Regions *regions = &space.counted.regions
     cdef u64 end = start + page_align(length)
     cdef u64 before = regions.bytes
-    cdef int error
+    cdef u64 at = start
+    cdef u64 i
+    if length == 0 or length > TASK_SIZE or start > TASK_SIZE - page_align(length):
+        replay.register_failures += 1
+        return True
+    while at < end and replay.placement == PLACE_VMA:
+        i = regions_above(regions, at)
+        if i == regions.n or regions.ranges[i].start >= end:
+            attach(replay, space, at, end)
+            break
+        if at < regions.ranges[i].start:
+            attach(replay, space, at, regions.ranges[i].start)
+        at = regions.ranges[i].end
     if not regions_add(regions, start, end):
         return False
     replay.registered_bytes += regions.bytes - before
     if replay.registered_bytes > replay.registered_peak:
         replay.registered_peak = replay.registered_bytes
-    if replay.placement == PLACE_VMA:
-        error = vma_register(process.mm, process.device, start, end - start)
-        if error == 0:
-            replay.registrations += 1
-        elif error != -EEXIST:
-            replay.register_failures += 1
     return True
 
 
-cdef void forgotten(Replay *replay, Process *process, u64 start, u64 length) noexcept nogil:
+cdef void forgotten(Replay *replay, Space *space, u64 start, u64 length) noexcept nogil:
     """Unmapped memory communicates no more."""
-    cdef Regions *regions = &process.counted.regions
+    cdef Regions *regions = &space.counted.regions
     cdef u64 before = regions.bytes
     if regions.n and length:
         regions_remove(regions, start, start + page_align(length))
         replay.registered_bytes -= before - regions.bytes
 
 
-cdef int replay_fault(Replay *replay, Process *process, const Event *event, bint *out_of_memory) noexcept nogil:
-    cdef MM *mm = process.mm
+cdef void forgotten_holes(Replay *replay, Space *space, u64 at) noexcept nogil:
+    """The same for whatever is not mapped from `at` on."""
+    cdef VMArea *vma
+    while space.counted.regions.n and at < TASK_SIZE:
+        vma = vma_first_in(space.mm, at, TASK_SIZE)
+        if vma == NULL:
+            forgotten(replay, space, at, TASK_SIZE - at)
+            return
+        if at < vma.start:
+            forgotten(replay, space, at, vma.start - at)
+        at = vma.end
+
+
+cdef int replay_fault(Replay *replay, Space *space, const Event *event, bint *out_of_memory) noexcept nogil:
+    cdef MM *mm = space.mm
     cdef u64 addr = event.addr & PAGE_MASK
     cdef VMArea *vma = vma_at(mm, addr)
     cdef Table *leaf
@@ -295,7 +345,7 @@ cdef int replay_fault(Replay *replay, Process *process, const Event *event, bint
     return BEYOND if why == ACCESS_BUS else AGREES
 
 
-cdef int replay_map(Replay *replay, Process *process, const Event *event) noexcept nogil:
+cdef int replay_map(Replay *replay, Space *space, const Event *event) noexcept nogil:
     cdef FileCache *file = NULL
     cdef u64 flags = event.flags & ~<u32> (MAP_FIXED_NOREPLACE) | MAP_FIXED
     cdef u64 addr = event.addr if event.op == OP_MAP else event.ret
@@ -306,13 +356,13 @@ cdef int replay_map(Replay *replay, Process *process, const Event *event) noexce
         file = replay.files[event.file]
     elif not flags & MAP_ANONYMOUS:
         flags |= MAP_ANONYMOUS
-    forgotten(replay, process, addr, event.length)
-    result = mm_mmap(process.mm, addr, event.length, event.prot, flags, file, event.arg)
+    forgotten(replay, space, addr, event.length)
+    result = mm_mmap(space.mm, addr, event.length, event.prot, flags, file, event.arg)
     return AGREES if result >= 0 and <u64> result == addr else RESULT
 
 
-cdef int replay_mremap(Replay *replay, Process *process, const Event *event) noexcept nogil:
-    cdef MM *mm = process.mm
+cdef int replay_mremap(Replay *replay, Space *space, const Event *event) noexcept nogil:
+    cdef MM *mm = space.mm
     cdef u64 old = page_align(event.length)
     cdef u64 new = page_align(event.arg)
     cdef int flags = event.flags
@@ -320,31 +370,31 @@ cdef int replay_mremap(Replay *replay, Process *process, const Event *event) noe
     cdef bint grown_buffer, moved_buffer
     cdef i64 result
     if event.error:
-        result = mm_mremap(mm, event.addr, event.length, event.arg, flags & ~MREMAP_FIXED, 0)
+        result = mm_mremap(mm, event.addr, event.length, event.arg, flags, event.ret)
         return AGREES if result == -<i64> event.error else RESULT
     if event.ret != event.addr:
         flags |= MREMAP_MAYMOVE | MREMAP_FIXED
     elif new > old:
         flags &= ~MREMAP_MAYMOVE
-    moved_buffer = regions_overlap(&process.counted.regions, event.addr, event.addr + old)
-    grown_buffer = old > 0 and regions_overlap(&process.counted.regions, event.addr + old - PAGE_SIZE, event.addr + old)
+    moved_buffer = regions_overlap(&space.counted.regions, event.addr, event.addr + old)
+    grown_buffer = old > 0 and regions_overlap(&space.counted.regions, event.addr + old - PAGE_SIZE, event.addr + old)
     result = mm_mremap(mm, event.addr, event.length, event.arg, flags, event.ret)
     if result == -ENOSYS:
         return UNMODELLED
     if result < 0 or <u64> result != event.ret:
         return RESULT
     # a buffer moves and grows with its mapping, as the chain of its VMA does
-    before = process.counted.regions.bytes
+    before = space.counted.regions.bytes
     if event.ret != event.addr:
-        regions_remove(&process.counted.regions, event.ret, event.ret + new)
+        regions_remove(&space.counted.regions, event.ret, event.ret + new)
         if moved_buffer:
-            regions_move(&process.counted.regions, event.addr, event.ret, old if old < new else new)
-        regions_remove(&process.counted.regions, event.addr, event.addr + old)
+            regions_move(&space.counted.regions, event.addr, event.ret, old if old < new else new)
+        regions_remove(&space.counted.regions, event.addr, event.addr + old)
     elif new < old:
-        regions_remove(&process.counted.regions, event.addr + new, event.addr + old)
+        regions_remove(&space.counted.regions, event.addr + new, event.addr + old)
     if grown_buffer and new > old:
-        regions_add(&process.counted.regions, event.ret + old, event.ret + new)
-    replay.registered_bytes += process.counted.regions.bytes - before
+        regions_add(&space.counted.regions, event.ret + old, event.ret + new)
+    replay.registered_bytes += space.counted.regions.bytes - before
     return AGREES
 
 
@@ -363,8 +413,8 @@ cdef void regions_move(Regions *regions, u64 old, u64 new, u64 length) noexcept 
         regions_add(regions, start - old + new, stop - old + new)
 
 
-cdef int replay_brk(Replay *replay, Process *process, const Event *event) noexcept nogil:
-    cdef MM *mm = process.mm
+cdef int replay_brk(Replay *replay, Space *space, const Event *event) noexcept nogil:
+    cdef MM *mm = space.mm
     cdef u64 old = mm.brk
     if event.addr == 0 or mm.start_brk == 0:
         if mm.start_brk == 0:           # execve chose it; the first call tells
@@ -376,7 +426,7 @@ cdef int replay_brk(Replay *replay, Process *process, const Event *event) noexce
     if mm_brk(mm, event.addr) != event.ret:
         return RESULT
     if event.ret < old:
-        forgotten(replay, process, page_align(event.ret), page_align(old) - page_align(event.ret))
+        forgotten(replay, space, page_align(event.ret), page_align(old) - page_align(event.ret))
     return AGREES
 
 
@@ -386,19 +436,19 @@ cdef int errno_difference(const Event *event, int result) noexcept nogil:
     return AGREES if -result == event.error else RESULT
 
 
-cdef int replay_in_memory(Replay *replay, Process *process, const Event *event, bint *out_of_memory) noexcept nogil:
+cdef int replay_in_memory(Replay *replay, Space *space, const Event *event, bint *out_of_memory) noexcept nogil:
     """An event inside one address space, which is locked."""
-    cdef MM *mm = process.mm
+    cdef MM *mm = space.mm
     cdef int op = event.op
     cdef int result
     if op == OP_FAULT:
-        return replay_fault(replay, process, event, out_of_memory)
+        return replay_fault(replay, space, event, out_of_memory)
     if op == OP_MMAP or op == OP_MAP:
-        return replay_map(replay, process, event)
+        return replay_map(replay, space, event)
     if op == OP_MUNMAP:
         result = mm_munmap(mm, event.addr, event.length)
         if result == 0:
-            forgotten(replay, process, event.addr, event.length)
+            forgotten(replay, space, event.addr, event.length)
         return errno_difference(event, result)
     if op == OP_MPROTECT:
         return errno_difference(event, mm_mprotect(mm, event.addr, event.length, event.prot))
@@ -407,9 +457,9 @@ cdef int replay_in_memory(Replay *replay, Process *process, const Event *event, 
     if op == OP_MSYNC:
         return errno_difference(event, mm_msync(mm, event.addr, event.length, <int> event.arg))
     if op == OP_MREMAP:
-        return replay_mremap(replay, process, event)
+        return replay_mremap(replay, space, event)
     if op == OP_BRK:
-        return replay_brk(replay, process, event)
+        return replay_brk(replay, space, event)
     if op == OP_SHMAT:
         if event.error or not 0 <= event.file < replay.nfiles:
             return SKIPPED
@@ -417,10 +467,11 @@ cdef int replay_in_memory(Replay *replay, Process *process, const Event *event, 
             else RESULT
     if op == OP_SHMDT:
         result = mm_shmdt(mm, event.addr)
+        forgotten_holes(replay, space, event.addr)
         return errno_difference(event, result)
     if op == OP_COMM:
-        if replay.placement != PLACE_NONE and not communicates(replay, process, event.addr & PAGE_MASK,
-                                                               event.length + (event.addr & (PAGE_SIZE - 1))):
+        if replay.placement != PLACE_NONE and event.length and not communicates(
+                replay, space, event.addr & PAGE_MASK, event.length + (event.addr & (PAGE_SIZE - 1))):
             out_of_memory[0] = True
         return AGREES
     return UNMODELLED
@@ -443,6 +494,8 @@ cdef int replay_process(Replay *replay, Process *process, const Event *event, bi
     if event.error:
         return SKIPPED
     child = process_find(replay, <int> event.arg)
+    if child == process:
+        return RESULT
     if child != NULL:
         process_remove(replay, child)       # the pid was used again
     child = process_add(replay, <int> event.arg)
@@ -450,14 +503,14 @@ cdef int replay_process(Replay *replay, Process *process, const Event *event, bi
         out_of_memory[0] = True
         return AGREES
     if event.op == OP_VFORK:
-        child.mm = process.mm
-        child.borrowed = True
+        child.space = process.space
+        child.space.users += 1
         return AGREES
-    mm_lock(process.mm)
-    thread_set_inside(process.mm)
-    mm = mm_fork(process.mm)
+    mm_lock(process.space.mm)
+    thread_set_inside(process.space.mm)
+    mm = mm_fork(process.space.mm)
     thread_set_inside(NULL)
-    mm_unlock(process.mm)
+    mm_unlock(process.space.mm)
     out_of_memory[0] = not process_adopt(replay, child, mm)
     return AGREES
 
@@ -474,21 +527,21 @@ cdef int replay_step(Replay *replay, const Event *event) noexcept nogil:
         process = process_add(replay, event.pid)
         if process == NULL:
             return -ENOMEM
-    if process.mm == NULL and op != OP_EXEC and op != OP_EXIT:
+    if process.space == NULL and op != OP_EXEC and op != OP_EXIT:
         mm = mm_new(replay.mem)
         if not process_adopt(replay, process, mm):
             return -ENOMEM
     if OP_FORK <= op <= OP_EXIT:
         difference = replay_process(replay, process, event, &out_of_memory)
     else:
-        mm = process.mm
+        mm = process.space.mm
         mm_lock(mm)
         thread_set_inside(mm)
         vmas = mm.map_count
-        difference = replay_in_memory(replay, process, event, &out_of_memory)
+        difference = replay_in_memory(replay, process.space, event, &out_of_memory)
         while replay.next_planned < replay.planned and replay.plan[replay.next_planned].event <= replay.at:
             if replay.plan[replay.next_planned].event == replay.at and difference == AGREES:
-                if not communicates(replay, process, replay.plan[replay.next_planned].start,
+                if not communicates(replay, process.space, replay.plan[replay.next_planned].start,
                                     replay.plan[replay.next_planned].length):
                     out_of_memory = True
             replay.next_planned += 1
@@ -548,15 +601,7 @@ cdef class Player:
         self.replay.files = self.caches
 
     def __dealloc__(self):
-        cdef Process *process
-        cdef int i
-        for i in range(BUCKETS):
-            while self.replay.processes[i] != NULL:
-                process = self.replay.processes[i]
-                self.replay.processes[i] = process.next
-                free(process.counted.regions.ranges)
-                free(process)
-        free(self.caches)
+        free(self.caches)           # replay_end has taken the processes
 
     cdef bint own(self, MM *mm) noexcept:
         cdef AddressSpace face
@@ -594,14 +639,17 @@ cdef class Player:
                 PyBuffer_Release(&plan_view)
         finally:
             PyBuffer_Release(&event_view)
-        if stopped < 0:
-            raise MemoryError(f"replay stopped in event {self.replay.at}: out of frames or memory")
+        out_of_memory = MemoryError(f"replay stopped in event {self.replay.at}: out of frames or memory")
         try:
             raise_pending()
         except BaseException as exception:
+            if stopped < 0:
+                raise out_of_memory from exception
             exception.add_note(f"raised by a callback in event {self.replay.at - 1} of the replay" if stopped else
                                "raised by a callback when the processes left at the end of the history exited")
             raise
+        if stopped < 0:
+            raise out_of_memory
 
     def result(self):
         """dict of what was counted."""

@@ -17,7 +17,6 @@ cdef inline bint fork_range(MM *parent, MM *child, VMArea *vma) noexcept nogil:
     cdef u64 stop, pte, i, first, copied, frames
     cdef Memory *mem = parent.mem
     cdef bint private = not vma.flags & VM_SHARED
-    cdef bint hooked = HOOKED(parent)
     cdef u64 lost = PTE_WRITE | PTE_EXCLUSIVE if private else 0
     cdef u64 fresh = ~<u64> (PTE_YOUNG | (0 if private else PTE_DIRTY))
     cdef Table *leaf
@@ -33,6 +32,10 @@ cdef inline bint fork_range(MM *parent, MM *child, VMArea *vma) noexcept nogil:
         if unlikely(copy == NULL):
             return False
         first = table_index(addr, 0)
+        if HOOKED(parent) and private:      # a loop of its own: nothing registered costs a test for each table, not page
+            for i in range(first, first + ((stop - addr) >> 12)):
+                if leaf.entry[i] & PTE_WRITE:
+                    fire_page(parent, WRPROTECT_PAGE, vma, addr + (i - first) * PAGE_SIZE)
         copied = 0
         frames = 0
         for i in range(first, first + ((stop - addr) >> 12)):
@@ -40,8 +43,6 @@ cdef inline bint fork_range(MM *parent, MM *child, VMArea *vma) noexcept nogil:
             if pte == 0:
                 continue
             if pte & lost:
-                if hooked and pte & PTE_WRITE:
-                    fire_page(parent, WRPROTECT_PAGE, vma, addr + (i - first) * PAGE_SIZE)
                 pte &= ~lost
                 leaf.entry[i] = pte
             copy.entry[i] = pte & fresh

@@ -123,6 +123,7 @@ cdef bint fork_vmas(MM *parent, MM *child) noexcept nogil:
             copy = vma_new(child, vma.start, vma.end, vma.pgoff, vma.flags & ~<u64> VM_LOCKED, vma.file)
             if copy == NULL:
                 return False
+            copy.attach = vma.attach
             pthread_mutex_lock(&parent.mem.lock)
             done = anon_fork(copy, vma)
             pthread_mutex_unlock(&parent.mem.lock)
@@ -140,6 +141,7 @@ cdef MM *mm_fork(MM *parent) noexcept nogil:
     if child == NULL:
         return NULL
     child.start_brk = parent.start_brk
+    child.attaches = parent.attaches
     child.brk = parent.brk
     child.max_map_count = parent.max_map_count
     child.limit_as = parent.limit_as

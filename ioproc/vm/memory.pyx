@@ -14,10 +14,13 @@ cdef u64 as_u64(object value, str name) except? 0xfffffffffffffff1:
 
 cdef int as_int(object value, str name) except? -0x7ffffff1:
     """Flags or advice, as a system call's int."""
-    cdef u64 number = as_u64(value, name)
-    if number > 0x7fffffff:
-        raise ValueError(f"{name} = {value}: not in 0 .. 2**31 - 1")
-    return <int> number
+    try:
+        number = value.__index__()
+    except AttributeError:
+        raise TypeError(f"{name} = {value!r}: not an integer") from None
+    if not -1 << 31 <= number < 1 << 31:
+        raise ValueError(f"{name} = {value}: not in -2**31 .. 2**31 - 1")
+    return number
 
 
 cdef class PhysicalMemory:

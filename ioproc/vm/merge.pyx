@@ -43,6 +43,7 @@ cdef VMArea *vma_duplicate(VMArea *vma, u64 start, u64 end) noexcept nogil:
     if copy == NULL:
         return NULL
     copy.anon = vma.anon
+    copy.attach = vma.attach
     pthread_mutex_lock(&vma.mm.mem.lock)
     done = anon_clone(copy, vma, False)
     pthread_mutex_unlock(&vma.mm.mem.lock)
@@ -76,6 +77,7 @@ cdef struct Proposed:           # a range with the properties it is to have, nex
     u64 pgoff
     u64 flags
     FileCache *file
+    u64 attach
     Chain *chain
     AnonVMA *anon
     VMArea *prev
@@ -96,6 +98,8 @@ cdef bint is_counted(const VMArea *vma) noexcept nogil:
 
 cdef bint may_merge(const Proposed *want, const VMArea *with_vma) noexcept nogil:
     if with_vma.flags != want.flags or with_vma.file != want.file or with_vma.chain != want.chain:
+        return False
+    if with_vma.attach != want.attach:      # the kernel has another file object for each
         return False
     if want.flags & VM_DONTEXPAND:
         return False
@@ -228,6 +232,7 @@ cdef int vma_modify(MM *mm, VMArea **at, u64 start, u64 end, u64 flags, Chain *c
     want.pgoff = vma_index(vma, start)
     want.flags = flags
     want.file = vma.file
+    want.attach = vma.attach
     want.chain = chain
     want.anon = vma.anon
     want.prev = vma.prev

@@ -129,6 +129,7 @@ cdef struct VMArea:
     u64 gap                     # bytes between prev.end and start
     u64 max_gap
     u64 priority
+    u64 attach                  # which shmat() it comes from; 0: none
 
 cdef struct FaultCounts:
     u64 zero                    # zero page mapped
@@ -158,6 +159,7 @@ cdef struct MM:
     u64 brk
     u64 seed                    # of the treap's priorities
     u64 max_map_count
+    u64 attaches                # shmat() calls so far, here or before the fork
     u64 limit_as                # bytes
     u64 limit_data
     Chain *chain

@@ -124,12 +124,16 @@ cdef i64 map_range(MM *mm, u64 addr, u64 length, u64 flags, FileCache *file, u64
     vma = vma_new(mm, addr, end, pgoff, flags, file)
     if vma == NULL:
         return -ENOMEM
+    if flags & VM_SYSV_SHM:
+        mm.attaches += 1
+        vma.attach = mm.attaches
     unmap_prepared(mm, addr, end)
     want.start = addr
     want.end = end
     want.pgoff = pgoff
     want.flags = flags
     want.file = file
+    want.attach = vma.attach
     want.chain = NULL
     want.anon = NULL
     want.middle = NULL
@@ -248,7 +252,7 @@ cdef i64 mm_shmat(MM *mm, FileCache *file, u64 addr, bint readonly) noexcept nog
 cdef int mm_shmdt(MM *mm, u64 addr) noexcept nogil:
     """Unmap what is left of the segment attached at `addr`."""
     cdef VMArea *vma
-    cdef FileCache *file = NULL
+    cdef u64 attach = 0
     cdef u64 at = addr
     cdef u64 end = TASK_SIZE
     if addr & (PAGE_SIZE - 1):
@@ -256,11 +260,11 @@ cdef int mm_shmdt(MM *mm, u64 addr) noexcept nogil:
     while True:
         vma = vma_first_in(mm, at, end)
         if vma == NULL:
-            return 0 if file != NULL else -EINVAL
+            return 0 if attach else -EINVAL
         at = vma.end
         if (vma.flags & VM_SYSV_SHM and vma.start >= addr and (vma.start - addr) >> PAGE_SHIFT == vma.pgoff
-                and (file == NULL or vma.file == file)):
-            if file == NULL:
-                file = vma.file                     # compared only: the address space may hold its last reference
-                end = addr + page_align(file.size)
+                and (attach == 0 or vma.attach == attach)):
+            if attach == 0:
+                attach = vma.attach
+                end = addr + page_align(vma.file.size)
             unmap_range(mm, vma.start, vma.end)

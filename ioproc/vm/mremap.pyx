@@ -21,6 +21,7 @@ cdef VMArea *vma_move_target(MM *mm, VMArea *vma, u64 old, u64 new, u64 length) 
         want.pgoff = new >> PAGE_SHIFT
     want.flags = vma.flags
     want.file = vma.file
+    want.attach = vma.attach
     want.chain = vma.chain
     want.anon = vma.anon
     want.middle = NULL
@@ -136,6 +137,7 @@ cdef bint grow_in_place(MM *mm, VMArea *vma, u64 delta) noexcept nogil:
     want.pgoff = vma_index(vma, vma.end)
     want.flags = vma.flags
     want.file = vma.file
+    want.attach = vma.attach
     want.chain = vma.chain
     want.anon = vma.anon
     want.prev = vma

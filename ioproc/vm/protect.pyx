@@ -101,6 +101,8 @@ cdef u64 advised_flags(u64 flags, int advice) noexcept nogil:
 
 cdef int advice_known(int advice) noexcept nogil:
     """0; -EINVAL for what is no advice; -ENOSYS for what the model does not have yet."""
+    if advice < 0:
+        return -EINVAL
     if MADV_NORMAL <= advice <= MADV_DONTNEED or MADV_HUGEPAGE <= advice <= MADV_DODUMP:
         return 0
     if advice == MADV_FREE or advice == MADV_DONTFORK or advice == MADV_DOFORK:
