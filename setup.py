@@ -2,7 +2,7 @@
 
 IOPROC_DEBUG      bounds checks and the core's own assertions: a wrong index traps
 IOPROC_LINETRACE  line tracing, for coverage of the core
-IOPROC_SANITIZE   AddressSanitizer and UndefinedBehaviorSanitizer
+IOPROC_SANITIZE   AddressSanitizer and UndefinedBehaviorSanitizer; "thread": ThreadSanitizer instead
 IOPROC_NO_HOOKS   hook sites compiled out: what hooks cost everybody else is measured against this
 """
 import os
@@ -14,13 +14,16 @@ from setuptools import Extension, setup
 SWITCHES = ("DEBUG", "LINETRACE", "SANITIZE", "NO_HOOKS")
 on = {name for name in SWITCHES if os.environ.get("IOPROC_" + name, "0") not in ("", "0")}
 debug, linetrace, sanitize, no_hooks = (name in on for name in SWITCHES)
+sanitizers = "thread" if os.environ.get("IOPROC_SANITIZE") == "thread" else "address,undefined"
+state = sorted(on) + [sanitizers] * sanitize
 
-# setuptools rebuilds by the age of files alone: a change of switches must look like a change of a file.
+# Files are rebuilt by their age alone: a change of switches must look like a change of a file.
 stamp = Path("build/switches.txt")
-changed = not stamp.exists() or stamp.read_text().split() != sorted(on)
+changed = (not stamp.exists() or stamp.read_text().split() != state
+           or stamp.stat().st_mtime < Path("setup.py").stat().st_mtime)
 if changed:
     stamp.parent.mkdir(exist_ok=True)
-    stamp.write_text("\n".join(sorted(on)))
+    stamp.write_text("\n".join(state))
 
 compile_args = ["-O3", "-std=c11", "-D_GNU_SOURCE", "-fno-strict-aliasing", "-fvisibility=hidden"]
 link_args = ["-pthread"]
@@ -33,8 +36,8 @@ if debug:
 if linetrace:
     macros += [("CYTHON_TRACE", "1"), ("CYTHON_TRACE_NOGIL", "1")]
 if sanitize:
-    compile_args += ["-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-    link_args += ["-fsanitize=address,undefined"]
+    compile_args += ["-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined", "-fsanitize=" + sanitizers]
+    link_args += ["-fsanitize=" + sanitizers]
 if no_hooks:
     macros += [("IOPROC_NO_HOOKS", "1")]
 
@@ -62,8 +65,9 @@ setup(
             "embedsignature": True,
             "linetrace": linetrace,
             "binding": True,
+            "auto_pickle": False,       # live objects: there is nothing to pickle
+            "autotestdict": False,
         },
         force=changed,
-        show_all_warnings=False,
     )
 )

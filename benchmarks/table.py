@@ -1,0 +1,106 @@
+"""Measure everything that has a target and print the README's table, in Markdown.
+
+``python benchmarks/table.py [--quick] [--json FILE]``: progress on stderr, the table on stdout.  A missed
+target is a line of the table, not a failure.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+
+import paired
+import workloads
+
+ROWS = []
+
+
+def row(what, target, measured, ok=None, **figures):
+    """Add a line; `ok` is None where there is nothing to reach."""
+    verdict = {None: "reported", True: "pass", False: "**miss**"}[ok]
+    ROWS.append({"what": what, "target": target, "measured": measured, "verdict": verdict, **figures})
+    print(f"{what}: {measured} ({verdict})", file=sys.stderr, flush=True)
+
+
+def interval(r: paired.Ratio) -> str:
+    return f"{r.ratio:.2f}x [{r.low:.2f}, {r.high:.2f}]"
+
+
+def against_c(what, name, limit, units=workloads.PAGES, kernel=None, **turns):
+    """Compare a workload with the C program, and with the kernel; `kernel` is the factor to reach, 0: any."""
+    samples = paired.pair(name, units, kernel is not None, **turns)
+    r = paired.compare(samples["model"], samples["c"])
+    row(what, f"at most {limit:.2f}x C", f"{r.a:.2f} ns, C {r.b:.2f} ns: {interval(r)}", r.ratio <= limit,
+        **r._asdict())
+    if kernel is not None:
+        r = paired.compare(samples["kernel"], samples["model"])
+        row(f"{what}, against the running kernel", f"at least {kernel}x faster" if kernel else "reported",
+            f"kernel {r.a:.0f} ns: {r.ratio:.0f}x [{r.low:.0f}, {r.high:.0f}]",
+            r.ratio >= kernel if kernel else None, **r._asdict())
+
+
+def hooksites(**turns):
+    counts = paired.hooksite_instructions()
+    row("hook site, nothing registered", "at most 3 instructions",
+        f"{counts['model']:.2f} (C {counts['c']:.2f})", counts["model"] <= 3, **counts)
+    r = paired.replay_in_out(workloads.HISTORY_EVENTS, **turns)
+    row("replay time, hooks compiled in / out", "upper end at most 1.05",
+        f"{r.ratio:.3f} [{r.low:.3f}, {r.high:.3f}]", r.high <= 1.05, **r._asdict())
+
+
+def replays(**turns):
+    events = workloads.save_events(workloads.generated_history())
+    try:
+        samples = paired.pair("replay", (workloads.HISTORY_EVENTS, events), **turns)
+    finally:
+        events.unlink()
+    r = paired.compare(samples["model"], samples["c"])
+    row("replay, generated fault-heavy history, no device", "at least 10 million events/s",
+        f"{1e3 / r.a:.1f} million/s ({r.a:.0f} ns; C {r.b:.0f} ns: {interval(r)})", 1e3 / r.a >= 10,
+        **r._asdict())
+    samples = paired.take_turns({"model": (paired.model_command("replay_recorded", workloads.RECORDED),)}, **turns)["model"]
+    ns = float(sorted(samples)[len(samples) // 2])
+    row(f"the same, recorded history ({workloads.RECORDED})", "at least 10 million events/s",
+        f"{1e3 / ns:.1f} million/s ({ns:.0f} ns)", 1e3 / ns >= 10, ns=ns)
+
+
+def memory():
+    model, c = (paired.resident(command("memory")) for command in (paired.model_command, paired.c_command))
+    for key, what, limit in (("dense_bytes", "resident memory, 1 GiB densely mapped, no contents", 48),
+                             ("mapper_bytes", "each further mapper", 10)):
+        row(what, f"at most {limit} bytes per page", f"{model[key]:.1f} (C {c[key]:.1f})",
+            model[key] <= limit, model=model[key], c=c[key])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="fewer turns, wider intervals")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the figures here")
+    arguments = parser.parse_args()
+    turns = {"rounds": 4, "launches": 2} if arguments.quick else {}
+
+    hooksites(**turns)
+    against_c("one native op dispatched", "dispatch", 1.10, **turns)
+    against_c("first touch of a page", "touch", 1.25, kernel=50, **turns)
+    against_c("unmap of a page", "unmap", 1.25, kernel=0, **turns)
+    against_c("fork, per page", "fork", 1.25, kernel=10, **turns)
+    against_c("copy-on-write break", "cow", 1.25, **turns)
+    against_c("copy-on-write break with contents", "cow_contents", 1.25, kernel=0, **turns)
+    replays(**turns)
+    memory()
+
+    print("| what | must reach | measured | |\n|---|---|---|---|")
+    for r in ROWS:
+        print(f"| {r['what']} | {r['target']} | {r['measured']} | {r['verdict']} |")
+    print(f"\nLinux {platform.release()}, {os.cpu_count()} processors, Python {platform.python_version()}; "
+          "CPU time; median of paired ratios with its 95 % interval.")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(ROWS, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

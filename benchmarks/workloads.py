@@ -1,0 +1,272 @@
+"""The model's side of each pair: what the C programs of the same names do, through the Python interface.
+
+``python benchmarks/workloads.py NAME [UNITS [REPETITIONS | -]]`` prints what the C program prints: the
+minimum and the median in ns per unit, or with ``-`` the ns per unit of a turn for each line of standard
+input.
+"""
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import re
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import ioproc
+from ioproc import _core
+from ioproc.trace import EVENT, Access, Op, Trace
+
+PAGE = 4096
+PAGES = 16384                   # the touched memory's frames and tables fit the second-level cache
+HISTORY_EVENTS = 200_000
+RECORDED = "hpcc.ioproc.xz"     # of the histories shipped with the package
+TURN = 5                        # repetitions, of which the median counts: the first find cold caches
+M_TRIM_THRESHOLD = -1
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One repetition: ``prepare()`` makes the arguments of ``run`` (measured), then of ``finish``."""
+
+    name: str                   # also the C program's
+    units: int
+    prepare: Callable
+    run: Callable
+    finish: Callable
+
+    def once(self) -> float:
+        """Return the CPU time of one repetition in ns per unit."""
+        arguments = self.prepare()
+        begin = time.thread_time_ns()
+        self.run(*arguments)
+        spent = time.thread_time_ns() - begin
+        self.finish(*arguments)
+        return spent / self.units
+
+
+def keep_heap():
+    """Let the heap keep its pages between repetitions, as the C programs do."""
+    ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, 1 << 30)
+
+
+def _mapped(mem, pages):
+    mm = ioproc.AddressSpace(mem)
+    return mm, mm.mmap(pages * PAGE)
+
+
+def touch(pages=PAGES):
+    """First touch, for writing."""
+    mem = ioproc.PhysicalMemory(frames=pages + 64)
+    length = pages * PAGE
+
+    def run(mm, addr):
+        mm.touch(addr, length, write=True)
+
+    return Workload("touch", pages, lambda: _mapped(mem, pages), run, lambda mm, addr: mm.exit())
+
+
+def unmap(pages=PAGES):
+    """Unmap written pages."""
+    mem = ioproc.PhysicalMemory(frames=pages + 64)
+    length = pages * PAGE
+
+    def prepare():
+        mm, addr = _mapped(mem, pages)
+        mm.touch(addr, length, write=True)
+        return mm, addr
+
+    return Workload("unmap", pages, prepare,
+                    lambda mm, addr: mm.munmap(addr, length), lambda mm, addr: mm.exit())
+
+
+def fork(pages=PAGES):
+    """Fork an address space of written private pages."""
+    mem = ioproc.PhysicalMemory(frames=pages + 64)
+    children = []
+
+    def prepare():
+        mm, addr = _mapped(mem, pages)
+        mm.touch(addr, pages * PAGE, write=True)
+        return (mm,)
+
+    def finish(mm):
+        children.pop().exit()
+        mm.exit()
+
+    return Workload("fork", pages, prepare, lambda mm: children.append(mm.fork()), finish)
+
+
+def cow(pages=PAGES, contents=False):
+    """Write to each page after a fork."""
+    mem = ioproc.PhysicalMemory(frames=2 * pages + 128)
+    length = pages * PAGE
+    data = b"\1" * length if contents else b""
+
+    def prepare():
+        mm, addr = _mapped(mem, pages)
+        if contents:
+            mm.write(addr, data)
+        else:
+            mm.touch(addr, length, write=True)
+        return mm, mm.fork(), addr
+
+    def run(mm, child, addr):
+        mm.touch(addr, length, write=True)
+
+    def finish(mm, child, addr):
+        child.exit()
+        mm.exit()
+
+    return Workload("cow_contents" if contents else "cow", pages, prepare, run, finish)
+
+
+def cow_contents(pages=PAGES):
+    """Write to each page after a fork, with contents to copy."""
+    return cow(pages, contents=True)
+
+
+def hooksite(pages=PAGES):
+    """Pass three hook sites for each page with nothing registered, and those of fork and munmap.
+
+    For each page the update of the touch, the invalidate and the update of the copy-on-write break; fork tests
+    once for a page table, munmap once.
+    """
+    mem = ioproc.PhysicalMemory(frames=2 * pages + 128)
+    length = pages * PAGE
+    children = []
+
+    def run(mm):
+        addr = mm.mmap(length)
+        mm.touch(addr, length, write=True)
+        children.append(mm.fork())
+        mm.touch(addr, length, write=True)
+        mm.munmap(addr, length)
+
+    def finish(mm):
+        children.pop().exit()
+        mm.exit()
+
+    return Workload("hooksite", pages, lambda: (ioproc.AddressSpace(mem),), run, finish)
+
+
+def dispatch(calls=PAGES):
+    """Call update_page through a chain of one native ops, where nothing else happens."""
+    mm = ioproc.AddressSpace(ioproc.PhysicalMemory(frames=64))
+    addr = mm.mmap(PAGE)
+    mm.register_ops(ioproc.CountingOps())
+    return Workload("dispatch", calls,
+                    lambda: (), lambda: _core._fire_update_page(mm, addr, calls), lambda: None)
+
+
+def generated_history(events=HISTORY_EVENTS, buffer_pages=512):
+    """Make the history of a program that maps a buffer, writes to its pages and unmaps it, over and over.
+
+    Parameters
+    ----------
+    events : int
+        How many events, rounded down to whole buffers.
+    buffer_pages : int
+        Faults for each mmap and munmap.
+
+    Returns
+    -------
+    ioproc.Trace
+    """
+    rounds = max(1, events // (buffer_pages + 2))
+    length = buffer_pages * PAGE
+    addr = 0x7FFF00123000 + np.arange(rounds, dtype=np.uint64) % 64 * np.uint64(2 * length)
+    rows = np.zeros((rounds, buffer_pages + 2), EVENT)
+    rows["pid"] = rows["tid"] = 1000
+    rows["file"] = -1
+    first, faults, last = rows[:, 0], rows[:, 1:-1], rows[:, -1]
+    first["op"], first["length"], first["ret"] = Op.MMAP, length, addr
+    first["prot"], first["flags"] = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    faults["op"], faults["access"] = Op.FAULT, Access.WRITE
+    faults["addr"] = addr[:, None] + np.arange(buffer_pages, dtype=np.uint64) * np.uint64(PAGE)
+    last["op"], last["addr"], last["length"] = Op.MUNMAP, addr, length
+    events = rows.reshape(-1)
+    events["t"] = np.arange(len(events), dtype=np.uint64) * np.uint64(1000)
+    return Trace(events, {"command": "generated"})
+
+
+def save_events(trace: Trace) -> Path:
+    """Write a history's bare events to a temporary file, for the C program; the caller removes it."""
+    handle, path = tempfile.mkstemp(suffix=".events")
+    with os.fdopen(handle, "wb") as f:
+        f.write(trace.events.tobytes())
+    return Path(path)
+
+
+def _replay(name, trace):
+    return Workload(name, len(trace), lambda: (), lambda: ioproc.replay(trace), lambda: None)
+
+
+def replay(events=HISTORY_EVENTS):
+    """Replay the generated history, with no device."""
+    return _replay("replay", generated_history(events))
+
+
+def replay_recorded(history=RECORDED):
+    """Replay a recorded history, with no device: one that the package ships, or a file."""
+    shipped = Path(ioproc.__file__).parent / "histories" / history
+    return _replay("replay_recorded", Trace.load(shipped if shipped.exists() else history))
+
+
+WORKLOADS = {w.__name__: w for w in (
+    touch, unmap, fork, cow, cow_contents, hooksite, dispatch, replay, replay_recorded)}
+
+
+def _resident() -> int:
+    rollup = Path("/proc/self/smaps_rollup").read_text()        # exact, which statm is not
+    return int(re.search(r"^Rss: +(\d+) kB", rollup, re.M)[1]) * 1024
+
+
+def memory(pages=262144, children=4) -> dict:
+    """Measure resident memory, in a fresh process: bytes per page, and per page of a further mapper."""
+    length = pages * PAGE
+    ctypes.CDLL(None).malloc_trim(0)                            # what the imports freed is not ours to use
+    before = _resident()
+    mm = ioproc.AddressSpace(ioproc.PhysicalMemory(frames=pages + 64))
+    mm.touch(mm.mmap(length), length, write=True)
+    dense = _resident()
+    forks = [mm.fork() for _ in range(children)]
+    mapper = _resident()
+    for child in forks:
+        child.exit()
+    return {"dense_bytes": (dense - before) / pages, "mapper_bytes": (mapper - dense) / pages / children}
+
+
+def main(arguments) -> int:
+    if not arguments or arguments[0] not in {*WORKLOADS, "memory"}:
+        print("usage: workloads.py NAME [UNITS [REPETITIONS | -]]\nnames:", *WORKLOADS, "memory",
+              file=sys.stderr)
+        return 2
+    name, *rest = arguments
+    units = [int(rest[0]) if rest[0].isdigit() else rest[0]] if rest else []
+    if name == "memory":
+        print("name=memory", *(f"{key}={value:.3f}" for key, value in memory(*units).items()))
+        return 0
+    keep_heap()
+    workload = WORKLOADS[name](*units)
+    workload.once()
+    if rest[1:] == ["-"]:
+        for _ in sys.stdin:
+            print(f"{statistics.median(workload.once() for _ in range(TURN)):.5f}", flush=True)
+        return 0
+    repetitions = int(rest[1]) if rest[1:] else 20
+    ns = [workload.once() for _ in range(repetitions)]
+    print(f"name={name} units={workload.units} repetitions={repetitions} min_ns={min(ns):.4f} "
+          f"median_ns={statistics.median(ns):.4f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

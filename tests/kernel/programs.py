@@ -1,0 +1,428 @@
+"""Random programs of memory-management calls, and how to print and shrink them.
+
+An operation is a tuple ``(name, process, *arguments)``.  Processes are numbered in the order of their forks, from 0;
+an operation of a process that does not exist (any more) is skipped, so any subset of a program is a program.
+"""
+
+import mmap
+import random
+from dataclasses import dataclass, replace
+
+PAGE = 4096
+PAGES = 64
+"""Pages of the window in which the two sides are compared."""
+ARENA = 32
+"""Pages of the window in which operations start; none is longer, so that nothing valid leaves the window."""
+BASE = 0x100000200000 - 16 * PAGE
+"""Start of the window.  A page table ends in its middle, and nothing else is near."""
+BRK = BASE + 20 * PAGE
+MAX_PROCESSES = 8
+
+MAP_FIXED = 0x10
+MAP_FIXED_NOREPLACE = 0x100000
+MAP_SHARED_VALIDATE = 3
+MREMAP_MAYMOVE, MREMAP_FIXED, MREMAP_DONTUNMAP = 1, 2, 4
+MS_ASYNC, MS_INVALIDATE, MS_SYNC = 1, 2, 4
+R, W, X = mmap.PROT_READ, mmap.PROT_WRITE, mmap.PROT_EXEC
+PRIVATE, SHARED, ANONYMOUS = mmap.MAP_PRIVATE, mmap.MAP_SHARED, mmap.MAP_ANONYMOUS
+NORESERVE, POPULATE, STACK = 0x4000, 0x8000, 0x20000
+HUGE_LENGTHS = ((1 << 64) - 4096, (1 << 64) - 1, 1 << 47, (1 << 63) - 4096)
+FLAG_ADVICE = {
+    "NORMAL": 0, "RANDOM": 1, "SEQUENTIAL": 2, "WILLNEED": 3, "DONTFORK": 10, "DOFORK": 11,
+    "HUGEPAGE": 14, "NOHUGEPAGE": 15, "DONTDUMP": 16, "DODUMP": 17,
+}
+DONTNEED, FREE = 4, 8
+
+
+@dataclass(frozen=True)
+class Program:
+    """A program.
+
+    Attributes
+    ----------
+    ops : tuple
+        The operations.
+    files : tuple of int
+        Sizes of its files in bytes.
+    segments : tuple of int
+        Sizes of its segments of System V shared memory in bytes.
+    start_brk : int
+        Where its brk area starts; 0: not in the window.
+    limit_as, limit_data : int
+        RLIMIT_AS and RLIMIT_DATA in pages; 0: no limit.
+    mappings : int
+        How many mappings a process may have; 0: as many as the kernel lets it.
+    """
+
+    ops: tuple
+    files: tuple = ()
+    segments: tuple = ()
+    start_brk: int = 0
+    limit_as: int = 0
+    limit_data: int = 0
+    mappings: int = 0
+
+    def __str__(self):
+        lines = [f"files of {', '.join(map(str, self.files))} bytes"] if self.files else []
+        if self.segments:
+            lines.append(f"segments of {', '.join(map(str, self.segments))} bytes")
+        if self.start_brk:
+            lines.append(f"start_brk {_number(self.start_brk)}")
+        for name in ("limit_as", "limit_data", "mappings"):
+            if getattr(self, name):
+                lines.append(f"{name} {getattr(self, name)}")
+        return "\n".join(lines + [f"{i:3d}  {describe(op)}" for i, op in enumerate(self.ops)])
+
+
+def _number(value):
+    page, rest = divmod(value - BASE, PAGE)
+    if 0 <= page < PAGES:
+        return f"A+{page}" + (f"p+{rest}" if rest else "p")
+    return hex(value)
+
+
+def _length(value):
+    return f"{value // PAGE}p" if value % PAGE == 0 and 0 < value < 1 << 20 else hex(value)
+
+
+def _names(value, names, none="0"):
+    found = [name for name, bit in names if value & bit]
+    rest = value & ~sum(bit for _, bit in names)
+    return "|".join(found + ([hex(rest)] if rest else [])) or none
+
+
+PROT_NAMES = (("R", R), ("W", W), ("X", X))
+FLAG_NAMES = (("SHARED", 1), ("PRIVATE", 2), ("FIXED", 0x10), ("ANON", 0x20), ("NORESERVE", NORESERVE),
+              ("POPULATE", POPULATE), ("STACK", STACK), ("NOREPLACE", MAP_FIXED_NOREPLACE))
+MREMAP_NAMES = (("MAYMOVE", 1), ("FIXED", 2), ("DONTUNMAP", 4))
+MSYNC_NAMES = (("ASYNC", 1), ("INVALIDATE", 2), ("SYNC", 4))
+
+
+def describe(op):
+    """Return an operation as a line to read: A is the window's start, p is pages."""
+    name, process, *a = op
+    if name == "mmap":
+        args = [_number(a[0]), _length(a[1]), _names(a[2], PROT_NAMES, "NONE"), _names(a[3], FLAG_NAMES)]
+        if a[4] >= 0:
+            args += [f"file{a[4]}", _length(a[5]) if a[5] else "0"]
+    elif name in ("munmap", "mlock", "munlock"):
+        args = [_number(a[0]), _length(a[1])]
+    elif name == "mprotect":
+        args = [_number(a[0]), _length(a[1]), _names(a[2], PROT_NAMES, "NONE")]
+    elif name == "mremap":
+        args = [_number(a[0]), _length(a[1]), _length(a[2]), _names(a[3], MREMAP_NAMES)]
+        args += [_number(a[4])] if a[4] else []
+    elif name == "madvise":
+        advice = {value: key for key, value in {**FLAG_ADVICE, "DONTNEED": DONTNEED, "FREE": FREE}.items()}
+        args = [_number(a[0]), _length(a[1]), advice.get(a[2], a[2])]
+    elif name == "msync":
+        args = [_number(a[0]), _length(a[1]), _names(a[2], MSYNC_NAMES)]
+    elif name in ("brk", "read", "shmdt"):
+        args = [_number(a[0])]
+    elif name == "write":
+        args = [_number(a[0]), a[1]]
+    elif name == "shmat":
+        args = [_number(a[0]), f"segment{a[1]}"] + ["RDONLY"] * bool(a[2])
+    elif name in ("fread", "fwrite"):
+        return f"{name}({', '.join(str(x) for x in a)})"
+    else:
+        args = a
+    return f"{process}: {name}({', '.join(map(str, args))})"
+
+
+class _Writer:
+    """Writes one random program.  It remembers page boundaries it used, because boundaries are where rules meet."""
+
+    def __init__(self, rng, length, *, brk, executable, mappings):
+        self.rng = rng
+        self.length = length
+        self.theme = rng.choice(("private", "private", "private", "shared", "files", "mixed", "segments"))
+        self.forks = rng.choice((0, 0, 1, 2, 4))
+        self.executable = executable
+        self.start_brk = BRK if brk and rng.random() < 0.25 else 0
+        self.files = ()
+        if self.theme in ("files", "mixed"):
+            self.files = tuple(rng.choice((1, 3, 8, 12)) * PAGE - rng.choice((0, 0, 1, 2000)) for _ in range(2))
+        self.segments = ()
+        if self.theme == "segments":
+            self.segments = tuple(rng.choice((1, 4, 7)) * PAGE - rng.choice((0, 0, 100)) for _ in range(2))
+        self.attached = []
+        self.limits = {}
+        if mappings:
+            self.limits["mappings"] = rng.randint(6, 14)
+        elif rng.random() < 0.1:
+            self.limits["limit_as"] = rng.randint(8, 40)
+        elif rng.random() < 0.1 and not self.start_brk:
+            # brk() counts the executor's data against this limit differently
+            self.limits["limit_data"] = rng.randint(4, 30)
+        self.boundaries = [0, 4, 8, 16]
+        self.mapped = {}
+        self.live = [0]
+        self.forked = 0
+        self.ops = []
+
+    def page(self, prot=0):
+        """Return a page number: usually one that is mapped with a protection, often one that was an edge before."""
+        rng = self.rng
+        near = [b + d for b in self.boundaries[-8:] for d in (0, 0, 0, -1, 1)]
+        mapped = [page for page, has in self.mapped.items() if has & prot == prot and page < ARENA]
+        if mapped and rng.random() < 0.9:
+            near = [page for page in near if page in mapped] or mapped
+        else:
+            mapped = range(ARENA)
+        return min(max(rng.choice(near if rng.random() < 0.7 else mapped), 0), ARENA - 1)
+
+    def range(self, longest=8, mapped=True):
+        """Return a start and a length in pages; usually mapped ones, often ones whose edges were used before."""
+        start = self.page() if mapped else self.rng.choice((self.page(), self.rng.randrange(ARENA)))
+        rest = [b - start for b in self.boundaries[-8:] if 0 < b - start <= ARENA]
+        if rest and self.rng.random() < 0.4:
+            pages = self.rng.choice(rest)
+        else:
+            pages = self.rng.randint(1, longest)
+        if mapped and self.rng.random() < 0.8:
+            run = 1
+            while run < pages and start + run in self.mapped:
+                run += 1
+            pages = run
+        self.boundaries += [start, start + pages]
+        return start, pages
+
+    def note(self, addr, length, prot=None):
+        """Note what an operation does to an arena (None: unmaps), roughly: it may fail, and each process has its own."""
+        if 0 <= addr - BASE < PAGES * PAGE and 0 < length < PAGES * PAGE:
+            for page in range((addr - BASE) // PAGE, (addr - BASE + length + PAGE - 1) // PAGE):
+                self.mapped.pop(page, None)
+                if prot is not None:
+                    self.mapped[page] = prot
+
+    def span(self, huge=HUGE_LENGTHS):
+        """Return an address and a length in bytes; now and then odd ones."""
+        start, pages = self.range()
+        return self.bend(BASE + start * PAGE, pages * PAGE, huge)
+
+    def bend(self, addr, length, huge=HUGE_LENGTHS, odd=0.03):
+        if self.rng.random() < odd:
+            how = self.rng.randrange(5)
+            if how == 0:
+                addr += self.rng.choice((1, 8, 2048, 4095))
+            elif how == 1:
+                length = 0
+            elif how == 2:
+                length = self.rng.choice(huge)
+            elif length:
+                length -= self.rng.choice((1, 1000, 4095))
+        return addr, length
+
+    def prot(self):
+        prots = [R | W] * 12 + [R] * 4 + [0] * 2 + [W, R | X, R | W | X]
+        return self.rng.choice(prots if self.executable else prots[:19])
+
+    def process(self):
+        return self.rng.choice(self.live)
+
+    # each of these returns an operation
+
+    def mmap(self):
+        rng = self.rng
+        kinds = {
+            "private": ["private"],
+            "shared": ["shared", "shared", "private"],
+            "files": ["file-private", "file-shared", "file-private", "file-shared", "private"],
+            "segments": ["shared", "private"],
+            "mixed": ["private", "private", "shared", "file-private", "file-shared"],
+        }
+        kind = rng.choice(kinds[self.theme])
+        flags = SHARED if "shared" in kind else PRIVATE
+        file, offset = -1, 0
+        start, pages = self.range(mapped=False)
+        addr, length = self.bend(BASE + start * PAGE, pages * PAGE)
+        if "file" in kind:
+            file = rng.randrange(2)
+            # offsets that continue a neighbour's make merges
+            offset = rng.choice((start % 8, start % 8, 0, rng.randrange(6))) * PAGE
+            if rng.random() < 0.02:
+                offset += 512
+        else:
+            flags |= ANONYMOUS
+        how = rng.random()
+        if how < 0.75:
+            flags |= MAP_FIXED
+        elif how < 0.87:
+            flags |= MAP_FIXED_NOREPLACE
+        elif how < 0.88:
+            addr = 0
+        for flag, share in ((NORESERVE, 0.04), (POPULATE, 0.08), (STACK, 0.03)):
+            if rng.random() < share:
+                flags |= flag
+        if rng.random() < 0.02:
+            flags = flags & ~3 | rng.choice((0, MAP_SHARED_VALIDATE))
+        if rng.random() < 0.01:
+            addr, flags = 0x7fffffffe000 + rng.randrange(3) * PAGE, flags | MAP_FIXED
+        prot = self.prot()
+        self.note(addr, length, prot)
+        return "mmap", self.process(), addr, length, prot, flags, file, offset
+
+    def munmap(self):
+        addr, length = self.span()
+        self.note(addr, length)
+        return "munmap", self.process(), addr, length
+
+    def mprotect(self):
+        prot, huge = self.prot(), HUGE_LENGTHS
+        if self.rng.random() < 0.02:
+            # PROT_GROWSDOWN looks for the next mapping, which must not be the executor's
+            prot, huge = self.rng.choice((0x10, 0x01000000, 0x02000000, 0x03000000, 8 | R)), HUGE_LENGTHS[:2]
+        addr, length = self.span(huge)
+        self.note(addr, length, prot & (R | W))
+        return "mprotect", self.process(), addr, length, prot
+
+    def mremap(self):
+        rng = self.rng
+        start, old = self.range()
+        new = old
+        how = rng.random()
+        if how < 0.25:
+            new = rng.randint(1, old)
+        elif how < 0.5:
+            new = old + rng.randint(1, 6)
+        elif how < 0.53:
+            old = 0
+        flags = rng.choice((0, MREMAP_MAYMOVE, *[MREMAP_MAYMOVE | MREMAP_FIXED] * 4))
+        target = 0
+        if flags & MREMAP_FIXED:
+            target = BASE + self.page() * PAGE
+            self.boundaries += [(target - BASE) // PAGE, (target - BASE) // PAGE + new]
+        if rng.random() < 0.03:
+            flags = rng.choice((MREMAP_FIXED, 8, 16 | MREMAP_MAYMOVE))
+        if target and rng.random() < 0.02:
+            target += rng.choice((8, 2048))
+        addr, length = self.bend(BASE + start * PAGE, old * PAGE)
+        new_length = new * PAGE
+        if rng.random() < 0.02:
+            new_length = rng.choice((0, new_length - 100, *HUGE_LENGTHS))
+        if target:
+            self.note(addr, length)
+        self.note(target or addr, new_length, R | W)
+        return "mremap", self.process(), addr, length, new_length, flags, target
+
+    def madvise(self):
+        advice = self.rng.choice((DONTNEED, DONTNEED, FREE) if self.rng.random() < 0.6 else list(FLAG_ADVICE.values()))
+        if self.rng.random() < 0.03:
+            advice = self.rng.choice((5, 6, 99, 1 << 20))
+        # the long lengths that do not wrap would reach what the executor itself runs on
+        return "madvise", self.process(), *self.span(HUGE_LENGTHS[:2]), advice
+
+    def msync(self):
+        flags = self.rng.choice((MS_ASYNC, MS_SYNC, MS_SYNC | MS_INVALIDATE, 0, MS_SYNC | MS_ASYNC, 8))
+        return "msync", self.process(), *self.span(), flags
+
+    def brk(self):
+        addr = BASE + self.rng.randint(18, 40) * PAGE + self.rng.choice((0, 0, 0, 1, 100))
+        self.boundaries.append(min((addr - BASE) // PAGE, ARENA))
+        self.note(BRK, addr - BRK, R | W)
+        return "brk", self.process(), addr
+
+    def address(self, prot):
+        return BASE + self.page(prot) * PAGE + self.rng.choice((0, 0, 0, 1, 4095))
+
+    def read(self):
+        return "read", self.process(), self.address(R)
+
+    def write(self):
+        return "write", self.process(), self.address(W), self.rng.randrange(1, 256)
+
+    def shmat(self):
+        segment = self.rng.randrange(2)
+        addr, length = BASE + self.range(mapped=False)[0] * PAGE, self.segments[segment]
+        if self.rng.random() < 0.05:
+            addr += 512
+        readonly = self.rng.random() < 0.2
+        self.attached.append(addr)
+        self.note(addr, length, R if readonly else R | W)
+        return "shmat", self.process(), addr, segment, int(readonly)
+
+    def shmdt(self):
+        addr = self.rng.choice(self.attached[-4:] or [BASE])
+        if self.rng.random() < 0.2:
+            addr += self.rng.choice((1, -1, 2)) * PAGE
+        return "shmdt", self.process(), addr
+
+    def file_place(self):
+        file = self.rng.randrange(2)
+        last = (self.files[file] - 1) // PAGE
+        return file, min(self.rng.randint(0, last) * PAGE + self.rng.choice((0, 1, 2095)), self.files[file] - 1)
+
+    def fread(self):
+        return "fread", 0, *self.file_place()
+
+    def fwrite(self):
+        return "fwrite", 0, *self.file_place(), self.rng.randrange(1, 256)
+
+    def fork(self):
+        parent = self.process()
+        self.forked += 1
+        self.live.append(self.forked)
+        return "fork", parent
+
+    def exit(self):
+        process = self.process()
+        self.live.remove(process)
+        return "exit", process
+
+    def write_program(self):
+        weights = {
+            self.mmap: 18, self.munmap: 6, self.mprotect: 14, self.mremap: 12, self.madvise: 6, self.msync: 2,
+            self.read: 12, self.write: 20,
+        }
+        if self.files:
+            weights |= {self.fread: 2, self.fwrite: 3}
+        if self.segments:
+            weights |= {self.shmat: 16, self.shmdt: 5}
+        if self.start_brk:
+            weights[self.brk] = 8
+        if self.forks:
+            weights |= {self.fork: 2 * self.forks, self.exit: self.forks}
+        self.ops += [self.mmap() for _ in range(self.rng.randint(1, 3))]
+        choices, shares = list(weights), list(weights.values())
+        while len(self.ops) < self.length:
+            choice = self.rng.choices(choices, shares)[0]
+            if choice == self.fork and self.forked + 1 == MAX_PROCESSES or choice == self.exit and len(self.live) == 1:
+                continue
+            self.ops.append(choice())
+        return Program(tuple(self.ops), self.files, self.segments, self.start_brk, **self.limits)
+
+
+def generate(seed, index, *, length=None, brk=True, executable=True, mappings=False):
+    """Return random program number ``index`` of a seed.
+
+    Parameters
+    ----------
+    seed, index : int
+        The same pair and the same options give the same program.
+    length : int, optional
+        Number of operations; by default it varies.
+    brk, executable : bool
+        Whether brk() and PROT_EXEC are used.
+    mappings : bool
+        Whether the number of mappings is limited.
+    """
+    rng = random.Random(f"{seed}/{index}")
+    length = length or rng.choice((12, 25, 40, 60))
+    return _Writer(rng, length, brk=brk, executable=executable, mappings=mappings).write_program()
+
+
+def shrink(program, fails, attempts=2000):
+    """Return a smaller program that still fails: operations are deleted while ``fails(program)`` holds."""
+    size = max(1, len(program.ops) // 2)
+    while size:
+        at = 0
+        while at < len(program.ops) and attempts:
+            smaller = replace(program, ops=program.ops[:at] + program.ops[at + size:])
+            attempts -= 1
+            if fails(smaller):
+                program = smaller
+            else:
+                at += size
+        size //= 2
+    return program
