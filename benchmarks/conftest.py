@@ -1,5 +1,6 @@
-import paired
 import pytest
+
+import paired
 import workloads
 
 PAIRS = []

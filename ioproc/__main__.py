@@ -1,4 +1,4 @@
-"""``python -m ioproc``: record, import and look at memory histories.
+"""``python -m ioproc``: record, import, look at and replay memory histories.
 
 Data goes to the standard output, everything else to the standard error.  Exit status: 0 fine, 2 wrong
 usage, 3 unreadable input.
@@ -6,25 +6,35 @@ usage, 3 unreadable input.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import math
 import os
 import sys
 from pathlib import Path
 
-from .trace import Trace, TraceError, import_recording, record
+import numpy as np
+
+from .trace import PLACEMENTS, Trace, TraceError, choose, import_recording, record, replay
+from .trace.format import Op
 from .trace.record import RecordError
 
 USAGE, UNREADABLE = 2, 3
+SHOWN = 10          # of the events that differ
 
 
 def main(arguments=None):
     options = _parser().parse_args(arguments)
     try:
-        return options.run(options)
+        status = options.run(options)
+        sys.stdout.flush()
+        return status
     except TraceError as error:
         return _fail(error, UNREADABLE)
     except RecordError as error:
         return _fail(error, USAGE)
+    except MemoryError as error:
+        return _fail(error, UNREADABLE)
     except BrokenPipeError:     # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -66,6 +76,17 @@ def _parser():
     command.add_argument("history", type=Path)
     command.add_argument("--json", action="store_true", help="machine-readable")
     command.set_defaults(run=_info)
+
+    command = commands.add_parser("replay", help="drive the model through a history and count")
+    command.add_argument("history", type=Path)
+    command.add_argument("--placement", choices=PLACEMENTS, default="none", help="where a device registers (default none)")
+    command.add_argument("--share", type=_share, metavar="S",
+                         help="of the writable anonymous memory communicates, 0 to 1 (default: what the history tells)")
+    command.add_argument("--kind", choices=("mappings", "buffers"), default="mappings",
+                         help="how it is chosen (default mappings)")
+    command.add_argument("--seed", type=_count, default=0, metavar="N", help="of the choice (default 0)")
+    command.add_argument("--json", action="store_true", help="machine-readable")
+    command.set_defaults(run=_replay)
     return parser
 
 
@@ -73,6 +94,16 @@ def _count(text):
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError("must not be negative")
+    return value
+
+
+def _share(text):
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError("must be 0 to 1")
     return value
 
 
@@ -142,6 +173,54 @@ def _info(options):
     for name, count in summary["inferred"].items():
         print(f"inferred {name:8} {count}")
     return 0
+
+
+def _replay(options):
+    trace = Trace.load(options.history)
+    chosen = None if options.share is None else choose(trace, options.share, options.kind, options.seed)
+    result = replay(trace, placement=options.placement, communication=chosen)
+    if options.json:
+        told = dataclasses.asdict(result) | {"useful_share": None if math.isnan(result.useful_share) else result.useful_share}
+        if chosen is not None:
+            told["communication"] = {"kind": chosen.kind, "share": chosen.share, "seed": options.seed, "bytes": chosen.bytes,
+                                     "candidate_bytes": chosen.candidate_bytes, "registrations": len(chosen.plan)}
+        print(json.dumps(told))
+        return 0
+    _print_differences(trace, result)
+    print()
+    if result.placement != "none":
+        print(f"{'callback':20} {'calls':>10} {'useful':>10}")
+        for name, calls in result.callbacks.items():
+            if calls:
+                print(f"{name:20} {calls:10} {result.useful[name] if name != 'release' else '-':>10}")
+        print(f"{'useful share':20} {'-' if math.isnan(result.useful_share) else f'{result.useful_share:.2%}':>10}")
+        for name in ("chain_nodes", "registrations", "register_failures", "registered_peak"):
+            print(f"{name.replace('_', ' '):20} {getattr(result, name):10}")
+    for name in ("vmas_peak", "address_spaces"):
+        print(f"{name.replace('_', ' '):20} {getattr(result, name):10}")
+    print(f"{'milliseconds':20} {1e3 * result.seconds:10.1f}")
+    print(f"{'ns per event':20} {result.ns_per_event:10.0f}")
+    return 0
+
+
+def _print_differences(trace, result):
+    inferred = np.zeros(256, np.int64)
+    for block in trace.blocks():
+        inferred += np.bincount(block["op"][block["origin"] != 0], minlength=256)
+    print(f"{'operation':14} {'events':>10} {'inferred':>10}   not as recorded")
+    for op in Op:
+        name = op.name.lower()
+        if name in result.operations:
+            row = ", ".join(f"{count} {kind}" for kind, count in result.differences.get(name, {}).items())
+            print(f"{name:14} {result.operations[name]:10} {inferred[op]:10}   {row}".rstrip())
+    print(f"{'all':14} {result.events:10} {inferred.sum():10}   {result.disagreement:.4%}")
+    for index in result.first_differing[:SHOWN]:
+        event = trace.events[index]
+        op = int(event["op"])
+        print(f"  event {index}: {Op(op).name.lower() if op in set(Op) else op} of process {event['pid']}, "
+              f"address {int(event['addr']):#x}")
+    if len(result.first_differing) > SHOWN:
+        print("  ...")
 
 
 def _printable(value):

@@ -10,9 +10,14 @@ import argparse
 import csv
 import json
 import math
+import os
 import sys
+import textwrap
 import time
 from importlib import resources
+from pathlib import Path
+
+import numpy as np
 
 from . import AddressSpace, CountingOps, Ops, PhysicalMemory
 from .trace import Trace, TraceError, choose, replay
@@ -25,7 +30,7 @@ COLUMNS = (
     ("communicates", "communicates"), ("placement", "placement"), ("calls", "calls"), ("useful_share", "useful"),
     ("update_page", "upd.page"), ("invalidate_page", "inv.page"), ("wrprotect_page", "wrprot."),
     ("invalidate_range", "inv.range"), ("change_protection", "chg.prot"), ("sync_range", "sync"), ("release", "release"),
-    ("chain_nodes", "nodes"), ("registrations", "registr."), ("vmas_peak", "VMAs"), ("added", "added"),
+    ("chain_nodes", "nodes"), ("registrations", "regs"), ("vmas_peak", "VMAs"), ("added", "added"),
     ("ns_per_event", "ns/event"),
 )
 
@@ -33,8 +38,9 @@ COLUMNS = (
 def histories(paths):
     """Yield (name, Trace): the given files, or the recorded histories that come with the package."""
     if paths:
-        for path in paths:
-            yield path.rsplit("/", 1)[-1].split(".")[0], Trace.load(path)
+        names = [Path(path).name.split(".")[0] for path in paths]
+        for name, path in zip(names, paths, strict=True):
+            yield name if name and names.count(name) == 1 else path, Trace.load(path)
         return
     shipped = sorted((entry for entry in resources.files("ioproc.histories").iterdir() if ".ioproc" in entry.name),
                      key=lambda entry: entry.name)
@@ -76,7 +82,7 @@ def compare(name, trace, shares, kinds, seed, repeats, progress):
             for share in shares:
                 plan = choose(trace, share, kind, seed)
                 achieved = plan.bytes / plan.candidate_bytes if plan.candidate_bytes else 0.0
-                plans.append((f"{achieved:.1%} in {kind}", kind, share, achieved, plan))
+                plans.append((f"{percent(100 * achieved)} in {kind}", kind, share, achieved, plan))
     for label, kind, share, achieved, plan in plans:
         progress(f"{name}: {label}")
         for placement in ("mm", "vma"):
@@ -144,18 +150,19 @@ def cost_ns(line, call_ns, register_ns):
 
 
 def crossover(rows, kind, call_ns, register_ns):
-    """The least tried share at which per-VMA is no cheaper than the whole address space, or None."""
-    by = {(line["share"], line["placement"]): line for line in rows if line["kind"] == kind}
+    """Shares tried, in percent, between which per VMA becomes no cheaper than the whole address space; None: it does not."""
+    by = {(line["achieved_share"], line["placement"]): line for line in rows if line["kind"] == kind}
+    below = 0.0
     for share in sorted({share for share, _ in by}):
-        whole, vma = by[share, "mm"], by[share, "vma"]
-        if cost_ns(vma, call_ns, register_ns) >= cost_ns(whole, call_ns, register_ns):
-            return vma["achieved_share"]
+        if cost_ns(by[share, "vma"], call_ns, register_ns) >= cost_ns(by[share, "mm"], call_ns, register_ns):
+            return below, 100 * share
+        below = 100 * share
     return None
 
 
 def percent(value):
-    """Enough digits to tell small shares apart, and no more."""
-    return "0 %" if value == 0 else f"{value:.2g} %" if value < 10 else f"{value:.0f} %"
+    """Two digits, or whole percents, and never 1e-05."""
+    return (np.format_float_positional(value, 2, fractional=False, trim="-") if value < 9.95 else f"{value:.0f}") + "%"
 
 
 def duration(ns):
@@ -172,34 +179,39 @@ def answer(name, trace, rows, call_ns, register_ns):
     compared = [line for line in rows if line["placement"] != "none"]
     whole = compared[0]
 
-    def against(ns):
-        return f"{duration(ns)}, {percent(100 * ns / wall)} of its {wall / 1e9:.1f} s" if wall else duration(ns)
+    def cost(line):
+        ns = cost_ns(line, call_ns, register_ns)
+        return duration(ns) + (f" or {percent(100 * ns / wall)}" if wall else "")
 
-    parts = [f"{name}: on the whole address space a device is called {whole['calls']:,} times "
-             f"({against(cost_ns(whole, call_ns, register_ns))}), {whole['calls'] / whole['events']:.2g} an event"]
-    shares = sorted({line["share"] for line in compared if line["kind"] == "buffers"}) or [compared[0]["share"]]
-    kind = "buffers" if any(line["kind"] == "buffers" for line in compared) else compared[0]["kind"]
-    picked = [line for line in compared if line["placement"] == "vma" and line["kind"] == kind and line["registrations"]]
-    picked = picked or [line for line in compared if line["placement"] == "vma"]
-    for line in {id(picked[0]): picked[0], id(picked[-1]): picked[-1]}.values():
+    sentences = [f"{name}: on the whole address space a device is called {whole['calls']:,} times, "
+                 f"{whole['calls'] / max(whole['events'], 1):.2g} per event; that costs {cost(whole)}"
+                 + (f" of the run's {wall / 1e9:.1f} s." if wall else ".")]
+    vma = [line for line in compared if line["placement"] == "vma"]
+    vma = [line for line in vma if line["kind"] == "buffers"] or vma
+    told = [line for line in vma if line["registrations"]] or vma
+    for line in told[:1] + told[1:][-1:]:
         mm = next(other for other in compared if other["placement"] == "mm" and other["communicates"] == line["communicates"])
-        parts.append(f"with {line['communicates']} communicating, {percent(100 * mm['useful_share'])} of them are useful; "
-                     f"per VMA makes {line['calls']:,} calls ({against(cost_ns(line, call_ns, register_ns))}), for "
-                     f"{line['registrations']:,} registrations and {line['added']:+,} VMAs")
-    text = "; ".join(parts) + "."
-    if len(shares) > 1:
-        where = {kind: crossover(rows, kind, call_ns, register_ns) for kind in {line["kind"] for line in compared}}
-        told = ", ".join(f"{kind}: " + ("none in range" if share is None else f"{share:.0%}")
-                         for kind, share in sorted(where.items()))
-        text += f" Share from which per VMA stops paying: {told}."
-    return text
+        cheaper = cost_ns(line, call_ns, register_ns) < cost_ns(mm, call_ns, register_ns)
+        memory = "the memory of the recorded messages" if line["kind"] == "recorded" else f"{line['communicates']} communicating"
+        useful = "there is no call" if not mm["calls"] else f"{percent(100 * mm['useful_share'])} of these calls are useful"
+        sentences.append(f"With {memory}, {useful}; per VMA makes {line['calls']:,} calls and {line['registrations']:,} "
+                         f"registrations, has at most {line['added']:,} VMAs more, and costs {cost(line)}: "
+                         f"{'less' if cheaper else 'not less'}.")
+    if len(vma) > 1:
+        where = []
+        for kind in sorted({line["kind"] for line in compared}):
+            found = crossover(compared, kind, call_ns, register_ns)
+            where.append(f"in {kind}, " + ("none in range" if found is None else
+                                           f"between {percent(found[0])} and {percent(found[1])}"))
+        sentences.append(f"Share from which per VMA does not pay: {'; '.join(where)}.")
+    return " ".join(sentences)
 
 
 def text_cell(key, value):
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "-"
     if key == "useful_share":
-        return f"{value:.1%}"
+        return percent(100 * value)
     if key == "ns_per_event":
         return f"{value:.0f}"
     return f"{value:,}" if isinstance(value, int) else str(value)
@@ -240,12 +252,29 @@ def main(arguments=None):
         if sys.stderr.isatty():
             print(f"\r\x1b[K{message}", end="", file=sys.stderr, flush=True)
 
-    shares, kinds, repeats = ((0.10,), ("buffers",), 1) if options.quick else (SHARES, KINDS, 3)
     try:
-        loaded = list(histories(options.trace))
+        status = run(options, progress)
+        sys.stdout.flush()
+        return status
     except TraceError as error:
-        print(f"ioproc.bench: {error}", file=sys.stderr)
-        return 3
+        return fail(error, 3)
+    except MemoryError as error:        # more pages than PhysicalMemory can have, or than this machine has room for
+        return fail(error, 3)
+    except BrokenPipeError:             # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return fail("interrupted", 130)
+
+
+def fail(message, status):
+    print(f"ioproc.bench: {message}", file=sys.stderr)
+    return status
+
+
+def run(options, progress):
+    shares, kinds, repeats = ((0.10,), ("buffers",), 1) if options.quick else (SHARES, KINDS, 3)
+    loaded = list(histories(options.trace))
     progress("micro-figures")
     costs = micro(options.quick)
     call_ns = costs["native_ns"] if options.call_ns is None else options.call_ns
@@ -259,28 +288,42 @@ def main(arguments=None):
     return 0
 
 
+def plain(value):
+    """What JSON and CSV can say: there is no NaN."""
+    if isinstance(value, dict):
+        return {key: plain(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [plain(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def printable(text):
+    """A history may come from anywhere: nothing in it may steer a terminal."""
+    return "".join(character if character.isprintable() else "?" for character in str(text))
+
+
 def report(options, loaded, rows, costs, call_ns, answers):
     if options.json:
         figures = [{"what": what, "value": value, "unit": unit} for what, value, unit in costs["figures"]]
         described = {name: trace.metadata | {"files": len(trace.metadata["files"])} for name, trace in loaded}
-        text = json.dumps({"histories": described, "rows": rows, "micro": figures, "call_ns": call_ns, "answers": answers},
-                          indent=1, default=float)
-        print(text.replace("NaN", "null"))
+        print(json.dumps(plain({"histories": described, "rows": rows, "micro": figures, "call_ns": call_ns,
+                                "register_ns": costs["register_ns"], "answers": answers}), indent=1, default=float))
         return
     if options.csv:
         keys = [key for key in rows[0] if key not in ("useful", "inferred")]
         writer = csv.DictWriter(sys.stdout, keys, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(plain(rows))
         return
-    print("Calls by kind, and what they cost the replay.  useful: the range overlaps memory registered for communication\n"
-          "at that moment; nodes: chain cells visited; registr.: registrations of the device; VMAs: at most, over all\n"
-          "processes, and how many of them registering added; ns/event: replay time, measured.")
+    print("Calls of a device, by kind: update, invalidate and wrprotect_page, invalidate_range, change_protection, sync_range.\n"
+          "useful: the range overlaps memory registered for communication at that moment; nodes: chain cells visited;\n"
+          "regs: registrations of the device; VMAs: at most, over all processes, and how many of them registering added;\n"
+          "ns/event: replay time, measured.")
     for name, trace in loaded:
         its_rows = [line for line in rows if line["history"] == name]
         inferred = its_rows[0]["inferred"]
         wall = trace.metadata.get("untraced_s")
-        print(f"\n{name}: {trace.metadata.get('character', 'a history')}, {len(trace):,} events"
+        print(f"\n{printable(name)}: {printable(trace.metadata.get('character', 'a history'))}, {len(trace):,} events"
               + (f", {wall:.1f} s untraced" if wall else "") + f"; {its_rows[0]['vmas_none']:,} VMAs\n"
               f"inferred: {inferred['events']:,} events, {inferred['access']:,} accesses, {inferred['file']:,} file identities, "
               f"{inferred['size']:,} sizes; {percent(100 * its_rows[0]['disagreement'])} of the events disagree\n")
@@ -290,14 +333,8 @@ def report(options, loaded, rows, costs, call_ns, answers):
         print(f"  {what:<34} {value:>10,.1f} {unit}")
     print(f"\nThe answer, with {call_ns:.1f} ns a call and {costs['register_ns']:.0f} ns a registration\n")
     for line in answers:
-        print(line + "\n")
+        print(textwrap.fill(printable(line), 120) + "\n")
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(0)
+    sys.exit(main())

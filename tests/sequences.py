@@ -1,8 +1,9 @@
 """Random programs of memory calls, run on one or more implementations and compared after every call.
 
 `Side` runs the calls on one implementation (model.py, or ioproc) and collects all that can be seen;
-`Calls` is a hypothesis state machine that chooses them; `smallest` cuts a failing program down. Everything happens in an arena of a few pages,
-so that calls meet: ranges overlap, VMAs split and merge, forks share pages, ops hang everywhere.
+`Calls` is a hypothesis state machine that chooses them; `smallest` cuts a failing program down.
+Everything happens in an arena of a few pages, so that calls meet: ranges overlap, VMAs split and
+merge, forks share pages, ops hang everywhere.
 """
 import errno
 
@@ -120,7 +121,7 @@ class Side:
 
 
 def brief(value):
-    """As a program would say it."""
+    """A value, short enough for a listing."""
     if type(value) is bytes and len(value) > 8:
         return f"{value[:1]} * {len(value)}" if len(set(value)) == 1 else f"{value[:8]}... ({len(value)} bytes)"
     return hex(value) if type(value) is int and value > 9 else str(value)
@@ -207,9 +208,9 @@ def smallest(implementations, limits, calls):
 # --- choosing calls ---------------------------------------------------------------------------------
 
 spaces = st.integers(0, SPACES - 1)
-addresses = st.one_of(       # in the arena, or about where a VMA of the address space starts: ("vma", which, bytes from there)
+addresses = st.one_of(       # in the arena, or where a VMA starts or ends: ("start", which VMA, bytes from there)
     st.integers(0, ARENA_PAGES - 1).map(lambda page: ARENA + page * PAGE),
-    st.tuples(st.just("vma"), st.integers(0, 5), st.sampled_from([0, 0, PAGE, -PAGE])))
+    st.tuples(st.sampled_from(["start", "end"]), st.integers(0, 5), st.sampled_from([0, 0, PAGE, -PAGE])))
 lengths = st.integers(1, 8).map(lambda pages: pages * PAGE)
 prots = st.sampled_from([3, 3, 3, 1, 1, 0, 5, 2])
 files = st.integers(0, len(FILE_SIZES) - 1).map(lambda i: ("file", i))
@@ -243,11 +244,12 @@ class Calls(RuleBasedStateMachine):
             raise
 
     def resolve(self, space, arg):
-        if not isinstance(arg, tuple) or arg[0] != "vma":
+        if not isinstance(arg, tuple) or arg[0] not in ("start", "end"):
             return arg
+        edge, which, offset = arg
         alive = self.program.alive
         vmas = self.program.sides[0].spaces[alive[space % len(alive)]].vmas() if alive else []
-        return max(PAGE, vmas[arg[1] % len(vmas)].start + arg[2]) if vmas else ARENA
+        return max(PAGE, getattr(vmas[which % len(vmas)], edge) + offset) if vmas else ARENA
 
     # --- mapping
 
@@ -295,6 +297,12 @@ class Calls(RuleBasedStateMachine):
     @rule(space=spaces, addr=addresses, length=lengths, prot=prots)
     def mprotect(self, space, addr, length, prot):
         self.call(space, "mprotect", addr, length, prot)
+
+    @rule(space=spaces, addr=addresses, prots=st.tuples(prots, prots), write=st.booleans())
+    def mprotect_and_back(self, space, addr, prots, write):
+        for prot in prots:
+            self.call(space, "mprotect", addr, PAGE, prot)
+            self.call(space, "touch", addr, write=write)
 
     @rule(space=spaces, addr=addresses, length=lengths, advice=st.sampled_from([4, 4, 4, 8, 0, 1, 2, 3, 10, 11, 14, 15, 16, 17]))
     def madvise(self, space, addr, length, advice):

@@ -7,9 +7,9 @@ Pages are numbered from BASE. A hook is written as it is tabled:
 import errno
 from collections import namedtuple
 
-import ioproc
 import pytest
 
+import ioproc
 import model
 
 PAGE, BASE, HEAP = 4096, 0x10000000, 64

@@ -126,6 +126,18 @@ def test_a_forked_vma_gives_its_pages_to_nobody(mm):
     assert bounds(mm) == [(0, 2)] and bounds(child) == [(0, 1), (1, 2)]
 
 
+def test_nor_by_advice_or_by_moving(mm):
+    fill(mm, 0, 4), mm.write(BASE, bytes(4 * PAGE))
+    child = mm.fork()
+    fill(child, 4, 1)
+    child.madvise(BASE + 4 * PAGE, PAGE, model.MADV_RANDOM), child.madvise(BASE + 3 * PAGE, PAGE, model.MADV_RANDOM)
+    assert bounds(child) == [(0, 3), (3, 4), (4, 5)]        # 3 and 4 differ only in their past
+    child.mremap(BASE + PAGE, 2 * PAGE, 2 * PAGE, 3, BASE + 8 * PAGE)
+    fill(child, 2, 1)
+    child.mremap(BASE + 8 * PAGE, PAGE, PAGE, 3, BASE + PAGE)
+    assert bounds(child) == [(0, 2), (2, 3), (3, 4), (4, 5), (9, 10)]
+
+
 def test_an_abandoned_anon_vma_is_used_again(mm):
     fill(mm, 0, 1), mm.write(BASE, b"x")
     child = mm.fork()

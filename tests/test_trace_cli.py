@@ -44,11 +44,36 @@ def test_info_as_json(history):
     assert information["metadata"]["import"]["excluded_faults"] == 277
 
 
-def test_a_closed_pipe_is_no_error(history):
+def test_replay_as_text(history):
+    run = ioproc("replay", history, "--placement", "vma", "--share", "0.1", "--kind", "buffers")
+    assert (run.returncode, run.stderr) == (0, "")
+    lines = [line.split() for line in run.stdout.splitlines()]
+    assert ["fault", "35454", "35454", "2", "present"] in lines     # events, inferred (access), and what differs
+    assert ["exec", "3", "0"] in lines
+    assert ["all", "37153"] == next(line for line in lines if line[:1] == ["all"])[:2]
+    assert sum(line[:1] == ["event"] for line in lines) == 2
+    assert {"update_page", "release", "useful", "registrations", "vmas", "ns"} <= {line[0] for line in lines if line}
+
+
+def test_replay_as_json(history):
+    nothing, whole, vma = (json.loads(ioproc("replay", "--json", history, *more).stdout) for more in (
+        [], ["--placement", "mm"], ["--placement", "vma", "--share", "0.1", "--seed", 1]))
+    assert (nothing["placement"], nothing["calls"], nothing["useful_share"]) == ("none", 0, None)
+    assert whole["calls"] >= whole["operations"]["fault"] - 2
+    assert whole["useful_share"] == 0               # it has no comm events and nothing was chosen
+    assert 0 < vma["calls"] < whole["calls"]
+    assert 0 < vma["communication"]["bytes"] <= 0.1 * vma["communication"]["candidate_bytes"]
+    assert vma["registrations"] + vma["register_failures"] == vma["communication"]["registrations"]
+    assert nothing["differences"] == whole["differences"] == vma["differences"] == {"fault": {"present": 2}}
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+@pytest.mark.parametrize("command", ["info", "replay"])
+def test_a_closed_pipe_is_no_error(history, command, buffered):
     read, write = os.pipe()
     os.close(read)
-    run = subprocess.run([sys.executable, "-m", "ioproc", "info", history], stdout=write, stderr=subprocess.PIPE,
-                         text=True, check=False)
+    run = subprocess.run([sys.executable, "-m", "ioproc", command, history], stdout=write, stderr=subprocess.PIPE,
+                         text=True, check=False, env=os.environ | {"PYTHONUNBUFFERED": "" if buffered else "1"})
     os.close(write)
     assert (run.returncode, run.stderr) == (0, "")
 
@@ -74,6 +99,11 @@ def test_lenient_import_and_communication(tmp_path):
     (["info", "."], 3, "directory"),
     (["info", __file__], 3, "not an ioproc history"),
     (["info", STRACE], 3, "not an ioproc history"),
+    (["replay", "none"], 3, "No such file"),
+    (["replay", STRACE], 3, "not an ioproc history"),
+    (["replay", STRACE, "--share", "1.5"], 2, "0 to 1"),
+    (["replay", STRACE, "--share", "all"], 2, "0 to 1"),
+    (["replay", STRACE, "--seed", "-1"], 2, "negative"),
     (["import", "-o", "x"], 2, "required"),
     (["import", "--strace", "none", "-o", "x"], 3, "No such file"),
     (["import", "--strace", STRACE, "--perf", STRACE, "-o", "x"], 3, ":1: not a line of perf"),

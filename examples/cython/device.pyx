@@ -4,16 +4,15 @@ from cpython.pycapsule cimport PyCapsule_GetContext, PyCapsule_New, PyCapsule_Se
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.stdint cimport uint32_t, uint64_t
 
-from ioproc.hooks.chain cimport IOPROC_ABI_VERSION, IOPROC_OPS_CAPSULE, ioproc_mm, ioproc_ops, ioproc_vma
+from ioproc.hooks.chain cimport (
+    IOPROC_ABI_VERSION, IOPROC_OPS_CAPSULE, ioproc_import, ioproc_lookup_pte, ioproc_mm, ioproc_ops, ioproc_vma)
 
-cdef extern from "ioproc.h" nogil:
-    int ioproc_import() except -1 with gil
-    uint64_t ioproc_lookup_pte(const ioproc_mm *mm, uint64_t addr)
+cdef extern from "ioproc.h":
     enum:
         IOPROC_PTE_WRITE
         IOPROC_PTE_PFN_SHIFT
 
-ioproc_import()
+ioproc_import()                     # before the first ioproc_lookup_pte
 
 
 cdef struct Queue:                  # what the callbacks use

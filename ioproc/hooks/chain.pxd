@@ -58,6 +58,7 @@ cdef struct Chain:              # one cell
     const ioproc_ops *ops
     Chain *next
     u64 refs                    # VMAs, address spaces and cells that point here
+    u64 *attached               # counts the live cells of the same ops
     Chain *interned             # the address space's list of its live cells
 
 cdef struct HookCounts:         # counted only when a chain is walked

@@ -46,9 +46,12 @@ cdef int raise_pending() except -1:
     raise exception
 
 
-cdef void call_python(Routed *routed, int kind, tuple arguments) noexcept:
+cdef void call_python(Routed *routed, int kind, const ioproc_vma *vma, tuple arguments) noexcept:
     try:
-        (<tuple> (<Ops> routed.face).callbacks)[kind](*arguments)
+        if vma == NULL:
+            (<tuple> (<Ops> routed.face).callbacks)[kind](*arguments)
+        else:
+            (<tuple> (<Ops> routed.face).callbacks)[kind](vma_face(<const VMArea *> vma), *arguments)
     except BaseException as exception:
         callback_raised(exception)
 
@@ -59,7 +62,7 @@ cdef void route_release(void *arg, ioproc_mm *mm) noexcept nogil:
         (<release_callback> routed.native[<int> RELEASE])(routed.arg[<int> RELEASE], mm)
         return
     with gil:
-        call_python(routed, RELEASE, (mm_face(<MM *> mm),))
+        call_python(routed, RELEASE, NULL, (mm_face(<MM *> mm),))
 
 
 cdef void route_range(Routed *routed, int kind, const ioproc_vma *vma, u64 start, u64 end) noexcept nogil:
@@ -67,7 +70,7 @@ cdef void route_range(Routed *routed, int kind, const ioproc_vma *vma, u64 start
         (<range_callback> routed.native[kind])(routed.arg[kind], vma, start, end)
         return
     with gil:
-        call_python(routed, kind, (vma_face(<const VMArea *> vma), start, end))
+        call_python(routed, kind, vma, (start, end))
 
 
 cdef void route_page(Routed *routed, int kind, const ioproc_vma *vma, u64 addr) noexcept nogil:
@@ -75,7 +78,7 @@ cdef void route_page(Routed *routed, int kind, const ioproc_vma *vma, u64 addr) 
         (<page_callback> routed.native[kind])(routed.arg[kind], vma, addr)
         return
     with gil:
-        call_python(routed, kind, (vma_face(<const VMArea *> vma), addr))
+        call_python(routed, kind, vma, (addr,))
 
 
 cdef void route_protection(void *arg, const ioproc_vma *vma, u64 start, u64 end, u32 newprot) noexcept nogil:
@@ -85,7 +88,7 @@ cdef void route_protection(void *arg, const ioproc_vma *vma, u64 start, u64 end,
         (<protection_callback> routed.native[kind])(routed.arg[kind], vma, start, end, newprot)
         return
     with gil:
-        call_python(routed, kind, (vma_face(<const VMArea *> vma), start, end, newprot))
+        call_python(routed, kind, vma, (start, end, newprot))
 
 
 cdef void route_sync_range(void *arg, const ioproc_vma *vma, u64 start, u64 end) noexcept nogil:
@@ -197,6 +200,7 @@ cdef class Ops:
         cdef void *context = NULL
         cdef bint several = False       # native callbacks with different arguments
         cdef bint first = True
+        memset(&self.routed, 0, sizeof(Routed))
         for kind in range(<int> HOOKS):
             callback = given[kind]
             if callback is None:

@@ -261,6 +261,13 @@ cdef void process_remove(Replay *replay, Process *process) noexcept nogil:
     free(process)
 
 
+cdef void registered(Replay *replay, u64 bytes) noexcept nogil:
+    """So many more, which may be negative."""
+    replay.registered_bytes += bytes
+    if replay.registered_bytes > replay.registered_peak:
+        replay.registered_peak = replay.registered_bytes
+
+
 cdef void attach(Replay *replay, Space *space, u64 start, u64 end) noexcept nogil:
     if vma_register(space.mm, space.device, start, end - start) == 0:
         replay.registrations += 1
@@ -288,9 +295,7 @@ cdef bint communicates(Replay *replay, Space *space, u64 start, u64 length) noex
         at = regions.ranges[i].end
     if not regions_add(regions, start, end):
         return False
-    replay.registered_bytes += regions.bytes - before
-    if replay.registered_bytes > replay.registered_peak:
-        replay.registered_peak = replay.registered_bytes
+    registered(replay, regions.bytes - before)
     return True
 
 
@@ -356,9 +361,11 @@ cdef int replay_map(Replay *replay, Space *space, const Event *event) noexcept n
         file = replay.files[event.file]
     elif not flags & MAP_ANONYMOUS:
         flags |= MAP_ANONYMOUS
-    forgotten(replay, space, addr, event.length)
     result = mm_mmap(space.mm, addr, event.length, event.prot, flags, file, event.arg)
-    return AGREES if result >= 0 and <u64> result == addr else RESULT
+    if result < 0 or <u64> result != addr:
+        return RESULT
+    forgotten(replay, space, addr, event.length)
+    return AGREES
 
 
 cdef int replay_mremap(Replay *replay, Space *space, const Event *event) noexcept nogil:
@@ -394,7 +401,7 @@ cdef int replay_mremap(Replay *replay, Space *space, const Event *event) noexcep
         regions_remove(&space.counted.regions, event.addr + new, event.addr + old)
     if grown_buffer and new > old:
         regions_add(&space.counted.regions, event.ret + old, event.ret + new)
-    replay.registered_bytes += space.counted.regions.bytes - before
+    registered(replay, space.counted.regions.bytes - before)
     return AGREES
 
 
@@ -607,8 +614,8 @@ cdef class Player:
         cdef AddressSpace face
         try:
             face = AddressSpace.__new__(AddressSpace, self.mem)
-            face.replace(mm)
             self.spaces[<size_t> mm] = face
+            face.replace(mm)
         except BaseException as exception:
             callback_raised(exception)
             return False
@@ -622,8 +629,7 @@ cdef class Player:
         cdef Py_buffer event_view
         cdef Py_buffer plan_view
         cdef int stopped
-        if thread_inside() != NULL:
-            raise RuntimeError("a hook callback may look at an address space and may not change it")
+        refuse_in_callback()
         PyObject_GetBuffer(events.view(np.uint8), &event_view, PyBUF_SIMPLE)
         try:
             PyObject_GetBuffer(plan.view(np.uint8), &plan_view, PyBUF_SIMPLE)

@@ -1,6 +1,5 @@
 # AddressSpace and VMA: the faces of an address space.
 import mmap as _mmap
-from weakref import WeakValueDictionary
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_FromStringAndSize
 
@@ -100,10 +99,10 @@ cdef VMA vma_face(const VMArea *vma):
         face.offset = vma.pgoff << PAGE_SHIFT
     if vma.file == NULL or vma.file.anonymous:
         face.flags |= MAP_ANONYMOUS
-    elif vma.file.face != NULL:
-        face.file = <object> vma.file.face
     else:
-        face.file = file_face(vma.file, (<AddressSpace> vma.mm.face).mem if vma.mm.face != NULL else None)
+        face.file = faces.get(<size_t> vma.file)
+        if face.file is None:
+            face.file = file_face(vma.file, (<AddressSpace> vma.mm.face).mem)
     return face
 
 
@@ -111,12 +110,12 @@ cdef File file_face(FileCache *file, PhysicalMemory mem):
     """A new face for a file whose Python object is gone."""
     cdef File face = File.__new__(File, mem, 0)
     cdef FileCache *empty = face.file
+    del faces[<size_t> empty]
     face.file = file
-    file.face = <void *> face
-    empty.face = NULL
     with nogil:
         file_hold(file)
         file_put(empty)
+    faces[<size_t> file] = face
     return face
 
 
@@ -156,12 +155,11 @@ cdef void pagemap_fill(MM *mm, u64 start, u64 pages, PageRow *rows) noexcept nog
     cdef u64 pte, stop
     cdef Table *leaf
     cdef PageRow *row
-    memset(rows, 0, pages * sizeof(PageRow))
     while True:
         leaf = leaf_next(mm.root, &addr, end)
         if leaf == NULL:
             return
-        stop = ((addr >> 21) + 1) << 21
+        stop = leaf_end(addr)
         if stop > end:
             stop = end
         while addr < stop:
@@ -223,7 +221,7 @@ cdef class AddressSpace:
     """
     cdef MM *mm
     cdef readonly PhysicalMemory mem
-    cdef list owners            # the Ops attached here, kept alive; visible to the garbage collector
+    cdef dict owners            # the Ops attached here by address, kept alive; visible to the garbage collector
     cdef int looking            # looks of the thread that already had the lock
     cdef object __weakref__
 
@@ -249,20 +247,23 @@ cdef class AddressSpace:
             raise MemoryError("AddressSpace")
         self.mem = mem
         self.mm = mm
-        self.owners = []
+        self.owners = {}
         mm.face = <void *> self
         alive[<size_t> mm] = self
         return 0
 
     cdef int replace(self, MM *mm) except -1:
         """Take over an address space, in place of the empty one."""
+        alive[<size_t> mm] = self       # the one thing that may fail
+        alive.pop(<size_t> self.mm, None)
         mm_teardown(self.mm)
-        del alive[<size_t> self.mm]
         mm_free(self.mm)
-        return self.adopt(self.mem, mm)
+        self.mm = mm
+        mm.face = <void *> self
+        return 0
 
     def __del__(self):
-        self.end(True)
+        self.end()
 
     def __dealloc__(self):
         if self.mm != NULL:
@@ -271,8 +272,7 @@ cdef class AddressSpace:
     # ---- entering and leaving the VM: no lock of ours is ever waited for with the GIL held
 
     cdef int enter(self) except -1:
-        if thread_inside() != NULL:
-            raise RuntimeError("a hook callback may look at an address space and may not change it")
+        refuse_in_callback()
         self.lock()
         if self.mm.dead:
             mm_unlock(self.mm)
@@ -451,11 +451,12 @@ cdef class AddressSpace:
 
     def brk(self, addr=None):
         """Move the end of the heap; None only asks.  Returns it: unchanged where the kernel would refuse."""
-        cdef u64 at = 0 if addr is None else as_u64(addr, "addr")
+        cdef bint ask = addr is None
+        cdef u64 at = 0 if ask else as_u64(addr, "addr")
         cdef u64 result
         self.enter()
         with nogil:
-            result = mm_brk(self.mm, at)
+            result = self.mm.brk if ask else mm_brk(self.mm, at)
         self.leave()
         return result
 
@@ -555,7 +556,7 @@ cdef class AddressSpace:
         cdef int why
         cdef FrameBatch batch
         range_in_space(at, bytes_)
-        end = page_align(at + bytes_)
+        end = page_align(at + bytes_) if bytes_ else start
         self.enter()
         with nogil:
             batch_begin(&batch, self.mm.mem, (end - start) >> PAGE_SHIFT)
@@ -596,15 +597,14 @@ cdef class AddressSpace:
         The end of the process: ``release`` of each ops, newest first and already unlinked; then everything is unmapped, which
         fires nothing.  Every other operation afterwards raises ESRCH; a second ``exit`` does nothing.
         """
-        if thread_inside() != NULL:
-            raise RuntimeError("a hook callback may look at an address space and may not change it")
-        self.end(False)
+        refuse_in_callback()
+        self.end()
 
-    cdef int end(self, bint collected) except -1:
+    cdef int end(self) except -1:
         """Garbage collection may run in a callback of another address space: its state is put aside meanwhile."""
         cdef void *outer = thread_inside()
         cdef PyObject *outer_raised = thread_raised()
-        cdef list owners = self.owners          # let go of without the lock
+        cdef dict owners = self.owners          # let go of without the lock
         if self.mm == NULL or self.mm.dead:
             return 0
         thread_set_raised(NULL)
@@ -652,7 +652,8 @@ cdef class AddressSpace:
     def unregister_ops(self, Ops ops not None, addr=None, length=None):
         """
         Detach a device from the address space's chain, or from the VMAs of a range that have it.  EINVAL if there is none.
-        A walk in another thread is waited for: no callback runs after this returned.
+        A walk in another thread is waited for: no callback runs after this returned.  (An Ops whose last VMA is unmapped is
+        detached by that; it is let go of at the next call of one of these two.)
         """
         self.change_chains(ops, addr, length, False)
 
@@ -661,43 +662,38 @@ cdef class AddressSpace:
         cdef u64 bytes_ = 0
         cdef bint whole = addr is None
         cdef int error
-        cdef list dropped = []
+        cdef list gone = []
+        cdef dict owners = self.owners
+        cdef Attached *record
+        cdef Attached *next
         if (addr is None) != (length is None):
             raise TypeError("addr and length: give both or neither")
         if not whole:
             at = as_u64(addr, "addr")
             bytes_ = as_u64(length, "length")
         self.enter()
-        with nogil:
-            if whole:
-                error = mm_register(self.mm, &ops.ops) if register else mm_unregister(self.mm, &ops.ops)
-            elif register:
-                error = vma_register(self.mm, &ops.ops, at, bytes_)
-            else:
-                error = vma_unregister(self.mm, &ops.ops, at, bytes_)
-        self.keep_owners(ops, dropped)
-        self.leave()
+        try:
+            with nogil:
+                if whole:
+                    error = mm_register(self.mm, &ops.ops) if register else mm_unregister(self.mm, &ops.ops)
+                elif register:
+                    error = vma_register(self.mm, &ops.ops, at, bytes_)
+                else:
+                    error = vma_unregister(self.mm, &ops.ops, at, bytes_)
+            # nothing here makes an object the garbage collector knows, and what is let go of ends after the lock
+            if attached_find(self.mm, &ops.ops) != NULL:
+                owners[<size_t> &ops.ops] = ops
+            record = attached_take_gone(self.mm)
+            while record != NULL:
+                gone.append(owners.pop(<size_t> record.ops, None))
+                next = record.next
+                free(record)
+                record = next
+        finally:
+            self.leave()
         if error:
             raise syscall_error(error, "")
         return 0
-
-    cdef void keep_owners(self, Ops ops, list dropped):
-        """
-        Let go of the Ops that no chain points at any more (into `dropped`: their finalizers run without the lock), and keep
-        `ops` if it is attached.
-        """
-        cdef Py_ssize_t i = len(self.owners)
-        cdef bint known = False
-        while i:
-            i -= 1
-            other = self.owners[i]
-            if ops_is_attached(self.mm, &(<Ops> other).ops):
-                known = known or other is ops
-            else:
-                dropped.append(other)
-                del self.owners[i]
-        if not known and ops_is_attached(self.mm, &ops.ops):
-            self.owners.append(ops)
 
     # ---- looking
 
@@ -742,8 +738,8 @@ cdef class AddressSpace:
         cdef u64 pages
         cdef Py_buffer view
         range_in_space(at, bytes_)
-        pages = (page_align(at + bytes_) - start) >> PAGE_SHIFT
-        rows = np.empty(pages, PAGEMAP_DTYPE)
+        pages = (page_align(at + bytes_) - start) >> PAGE_SHIFT if bytes_ else 0
+        rows = np.zeros(pages, PAGEMAP_DTYPE)
         PyObject_GetBuffer(rows.view(np.uint8), &view, PyBUF_SIMPLE | PyBUF_WRITABLE)
         try:
             self.look_begin()

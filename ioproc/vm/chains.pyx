@@ -1,8 +1,8 @@
 # Chains of an address space and of its VMAs: interned cells, attaching and detaching.
 
 
-cdef Chain *cell_get(MM *mm, const ioproc_ops *ops, Chain *next) noexcept nogil:
-    """The cell (ops, next), with one reference for the caller; NULL: no memory."""
+cdef Chain *cell_get(MM *mm, const ioproc_ops *ops, u64 *attached, Chain *next) noexcept nogil:
+    """The cell (ops, next), with one reference for the caller; NULL: no memory.  `attached`: the count of the ops's cells."""
     cdef Chain *cell = mm.cells
     while cell != NULL:
         if cell.ops == ops and cell.next == next:
@@ -15,6 +15,8 @@ cdef Chain *cell_get(MM *mm, const ioproc_ops *ops, Chain *next) noexcept nogil:
     cell.ops = ops
     cell.next = next
     cell.refs = 1
+    cell.attached = attached
+    attached[0] += 1
     if next != NULL:
         next.refs += 1
     cell.interned = mm.cells
@@ -40,6 +42,7 @@ cdef void cell_put(MM *mm, Chain *cell) noexcept nogil:
         while link[0] != cell:
             link = &link[0].interned
         link[0] = cell.interned
+        cell.attached[0] -= 1
         mm.hooked -= 1
         next = cell.next
         free(cell)
@@ -56,59 +59,65 @@ cdef int chain_without(MM *mm, Chain *chain, const ioproc_ops *ops, Chain **resu
     error = chain_without(mm, chain.next, ops, &rest)
     if error:
         return error
-    result[0] = cell_get(mm, chain.ops, rest)
+    result[0] = cell_get(mm, chain.ops, chain.attached, rest)
     cell_put(mm, rest)
     return 0 if result[0] != NULL else -ENOMEM
 
 
-cdef bint ops_is_attached(const MM *mm, const ioproc_ops *ops) noexcept nogil:
-    """Every chain's cells are on the list of live ones."""
-    cdef const Chain *cell = mm.cells
-    while cell != NULL:
-        if cell.ops == ops:
-            return True
-        cell = cell.interned
-    return False
-
-
-cdef bint attached_add(MM *mm, const ioproc_ops *ops) noexcept nogil:
-    """False: no memory."""
+cdef Attached *attached_find(const MM *mm, const ioproc_ops *ops) noexcept nogil:
+    """The record of an ops that some chain has, or NULL."""
     cdef Attached *record = mm.attached
-    while record != NULL:
-        if record.ops == ops:
-            return True
+    while record != NULL and (record.ops != ops or record.cells == 0):
         record = record.next
-    record = <Attached *> malloc(sizeof(Attached))
-    if record == NULL:
-        return False
-    record.ops = ops
-    record.next = mm.attached
-    mm.attached = record
-    return True
+    return record
 
 
-cdef void attached_prune(MM *mm) noexcept nogil:
-    """Forget those that no chain points at any more."""
+cdef Attached *attached_take_gone(MM *mm) noexcept nogil:
+    """The records of ops that no chain has any more, for the caller to free."""
     cdef Attached **link = &mm.attached
-    cdef Attached *gone
+    cdef Attached *gone = NULL
+    cdef Attached *record
     while link[0] != NULL:
-        if ops_is_attached(mm, link[0].ops):
-            link = &link[0].next
+        record = link[0]
+        if record.cells:
+            link = &record.next
         else:
-            gone = link[0]
-            link[0] = gone.next
-            free(gone)
+            link[0] = record.next
+            record.next = gone
+            gone = record
+    return gone
+
+
+cdef void attached_free(Attached *record) noexcept nogil:
+    cdef Attached *next
+    while record != NULL:
+        next = record.next
+        free(record)
+        record = next
+
+
+cdef Attached *attached_make(MM *mm, const ioproc_ops *ops) noexcept nogil:
+    """The record of an ops about to be registered: a new one is the newest.  NULL: no memory."""
+    cdef Attached *record = attached_find(mm, ops)
+    if record == NULL:
+        record = <Attached *> calloc(1, sizeof(Attached))
+        if record != NULL:
+            record.ops = ops
+            record.next = mm.attached
+            mm.attached = record
+    return record
 
 
 cdef int mm_register(MM *mm, const ioproc_ops *ops) noexcept nogil:
     """At the head of the address space's chain."""
     cdef Chain *cell
+    cdef Attached *record
     if chain_has(mm.chain, ops):
         return -EEXIST
-    attached_prune(mm)
-    if not attached_add(mm, ops):
+    record = attached_make(mm, ops)
+    if record == NULL:
         return -ENOMEM
-    cell = cell_get(mm, ops, mm.chain)
+    cell = cell_get(mm, ops, &record.cells, mm.chain)
     if cell == NULL:
         return -ENOMEM
     cell_put(mm, mm.chain)              # the cell holds it now
@@ -142,6 +151,7 @@ cdef int vma_register(MM *mm, const ioproc_ops *ops, u64 addr, u64 length) noexc
     cdef u64 at
     cdef VMArea *vma
     cdef Chain *cell
+    cdef Attached *record
     cdef int error = range_check(addr, length, &end)
     if error:
         return error
@@ -153,15 +163,15 @@ cdef int vma_register(MM *mm, const ioproc_ops *ops, u64 addr, u64 length) noexc
         if chain_has(vma.chain, ops):
             return -EEXIST
         at = vma.end
-    attached_prune(mm)
-    if not attached_add(mm, ops):
+    record = attached_make(mm, ops)
+    if record == NULL:
         return -ENOMEM
     at = addr
     while at < end:
         vma = vma_at(mm, at)
         if vma == NULL:
             return -ENOMEM
-        cell = cell_get(mm, ops, vma.chain)
+        cell = cell_get(mm, ops, &record.cells, vma.chain)
         if cell == NULL:
             return -ENOMEM
         addr = at
@@ -202,18 +212,7 @@ cdef int vma_unregister(MM *mm, const ioproc_ops *ops, u64 addr, u64 length) noe
     return 0 if found else -EINVAL
 
 
-cdef void chains_release_ops(MM *mm, const ioproc_ops *ops) noexcept nogil:
-    """Teardown: unlink `ops` wherever it is attached, then tell it.  The VMAs will not be used again."""
-    cdef VMArea *vma = mm.first
-    cdef Chain *rest
-    if chain_has(mm.chain, ops) and chain_without(mm, mm.chain, ops, &rest) == 0:
-        cell_put(mm, mm.chain)
-        mm.chain = rest
-    while vma != NULL:
-        if chain_has(vma.chain, ops) and chain_without(mm, vma.chain, ops, &rest) == 0:
-            cell_put(mm, vma.chain)
-            vma.chain = rest
-        vma = vma.next
+cdef void release_ops(MM *mm, const ioproc_ops *ops) noexcept nogil:
     mm.hooks.walks[<int> RELEASE] += 1
     mm.hooks.cells += 1
     if ops.release != NULL:
@@ -222,13 +221,31 @@ cdef void chains_release_ops(MM *mm, const ioproc_ops *ops) noexcept nogil:
 
 
 cdef void chains_release(MM *mm) noexcept nogil:
-    """Each ops once: the address space's chain from its head, then those on VMAs only, newest registration first."""
-    cdef Attached *attached
+    """
+    Teardown: each ops once, unlinked before it is told: the address space's chain from its head, then those on VMAs only,
+    newest registration first.
+    """
+    cdef Attached *record = mm.attached
+    cdef VMArea *vma = mm.first
+    cdef Chain *cell
+    while record != NULL:
+        record.unreleased = record.cells != 0
+        record = record.next
+    while vma != NULL:
+        cell_put(mm, vma.chain)
+        vma.chain = NULL
+        vma = vma.next
     while mm.chain != NULL:
-        chains_release_ops(mm, mm.chain.ops)
-    attached = mm.attached
-    while attached != NULL:
-        if ops_is_attached(mm, attached.ops):
-            chains_release_ops(mm, attached.ops)
-        attached = attached.next
-    attached_prune(mm)
+        cell = mm.chain
+        mm.chain = cell_hold(cell.next)
+        record = attached_find(mm, cell.ops)
+        cell_put(mm, cell)
+        record.unreleased = False
+        release_ops(mm, record.ops)
+    record = mm.attached
+    while record != NULL:
+        if record.unreleased:
+            release_ops(mm, record.ops)
+        record = record.next
+    attached_free(mm.attached)
+    mm.attached = NULL

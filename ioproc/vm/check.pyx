@@ -91,7 +91,7 @@ cdef const char *tables_broken(MM *mm, u32 *mapped) noexcept nogil:
                         mapped[pte_pfn(pte)] += 1
         if used == 0 or used != leaf.used:
             return "entries of a table"
-        addr += 1 << 21
+        addr = leaf_end(addr)
     if rss != mm.rss:
         return "rss"
     return NULL

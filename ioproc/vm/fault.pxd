@@ -8,7 +8,7 @@ from ioproc.vm.mm cimport (
     MM, PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, PTE_DIRTY, PTE_EXCLUSIVE, PTE_PRESENT, PTE_USER, PTE_WRITE, PTE_YOUNG, PTE_ZERO,
     VM_ACCESS, VM_SHARED, VM_WRITE, AnonVMA, FileCache, Memory, Table, VMArea, atomic_add, atomic_load, atomic_store, check,
     page_align, pthread_mutex_lock, pthread_mutex_unlock, vma_index)
-from ioproc.vm.page_table cimport leaf_drop, leaf_find, leaf_make, pte_set, table_index
+from ioproc.vm.page_table cimport leaf_drop, leaf_end, leaf_find, leaf_make, pte_set, table_index
 from ioproc.vm.rmap cimport anon_is_singular, anon_join, anon_new
 from ioproc.vm.vma cimport vma_find
 
@@ -64,8 +64,8 @@ cdef inline bint anon_prepare(VMArea *vma) noexcept nogil:
 
 cdef inline void frame_own(Frame *frame, VMArea *vma, u64 addr) noexcept nogil:
     """A frame mapped once, by an anonymous page of `vma`."""
+    atomic_store(&frame.index, vma_index(vma, addr))
     atomic_store(&frame.owner, <u64> vma.anon | 1)
-    frame.index = vma_index(vma, addr)
 
 
 cdef inline u64 file_page(FileCache *file, u64 index, FrameBatch *batch) noexcept nogil:
@@ -173,18 +173,14 @@ cdef inline int fault_file(MM *mm, VMArea *vma, u64 addr, Table *leaf, bint writ
 
 
 cdef inline int fault_write_protect(MM *mm, VMArea *vma, u64 addr, u64 *pte, FrameBatch *batch) noexcept nogil:
-    """A write to a present page that is not writable, in a VMA that is."""
+    """A write to a present page that is not writable, in a VMA that is: private, or the entry would be writable."""
     cdef u64 old = pte_pfn(pte[0])
     cdef Frame *frame
     cdef u64 pfn
-    if vma.flags & VM_SHARED:
-        pte[0] |= PTE_WRITE | PTE_DIRTY | PTE_YOUNG
-        mm.faults.reuse += 1
-        fire_page(mm, UPDATE_PAGE, vma, addr)
-        return ACCESS_OK
+    check(not vma.flags & VM_SHARED)
     if not pte[0] & PTE_ZERO:
         frame = frame_at(mm.mem, old)
-        if atomic_load(&frame.counts) == 1 and frame.owner & 1:
+        if atomic_load(&frame.counts) == 1:         # anonymous: the page cache would count too
             frame_own(frame, vma, addr)     # from now on found here, not in the parent it came from
             pte[0] |= PTE_WRITE | PTE_DIRTY | PTE_YOUNG | PTE_EXCLUSIVE
             mm.faults.reuse += 1
@@ -281,7 +277,7 @@ cdef inline int touch_range(MM *mm, u64 start, u64 end, bint write, FrameBatch *
             if leaf == NULL:
                 result = ACCESS_OOM
                 break
-            stop = ((addr >> 21) + 1) << 21
+            stop = leaf_end(addr)
             if stop > limit:
                 stop = limit
             pte = &leaf.entry[table_index(addr, 0)]

@@ -4,35 +4,33 @@ from ioproc.hooks.chain cimport WRPROTECT_PAGE, unlikely
 from ioproc.vm.fire cimport fire_page
 from ioproc.vm.frames cimport frame_at, frame_map_again
 from ioproc.vm.mm cimport (
-    MM, PAGE_SIZE, PTE_DIRTY, PTE_EXCLUSIVE, PTE_WRITE, PTE_YOUNG, PTE_ZERO, VM_SHARED, Memory, Table, VMArea, HOOKED)
-from ioproc.vm.page_table cimport leaf_drop, leaf_make, leaf_next, table_index
+    MM, PAGE_SIZE, PTE_EXCLUSIVE, PTE_WRITE, PTE_YOUNG, PTE_ZERO, Memory, Table, VMArea, HOOKED)
+from ioproc.vm.page_table cimport leaf_drop, leaf_end, leaf_make, leaf_next, table_index
 
 
 cdef inline bint fork_range(MM *parent, MM *child, VMArea *vma) noexcept nogil:
     """
-    Copy the entries of the parent's `vma`.  Private pages become copy-on-write in both: each entry of the parent that
-    loses its write permission fires wrprotect_page before it does.  False: no memory for a table.
+    Copy the entries of the parent's `vma`, which has anonymous pages and so is private: they become copy-on-write in both.
+    Each entry of the parent that loses its write permission fires wrprotect_page before its table changes.  False: no
+    memory for a table.
     """
     cdef u64 addr = vma.start
     cdef u64 stop, pte, i, first, copied, frames
     cdef Memory *mem = parent.mem
-    cdef bint private = not vma.flags & VM_SHARED
-    cdef u64 lost = PTE_WRITE | PTE_EXCLUSIVE if private else 0
-    cdef u64 fresh = ~<u64> (PTE_YOUNG | (0 if private else PTE_DIRTY))
     cdef Table *leaf
     cdef Table *copy
     while True:
         leaf = leaf_next(parent.root, &addr, vma.end)
         if leaf == NULL:
             return True
-        stop = ((addr >> 21) + 1) << 21
+        stop = leaf_end(addr)
         if stop > vma.end:
             stop = vma.end
         copy = leaf_make(child.root, addr)
         if unlikely(copy == NULL):
             return False
         first = table_index(addr, 0)
-        if HOOKED(parent) and private:      # a loop of its own: nothing registered costs a test for each table, not page
+        if HOOKED(parent):                  # a loop of its own: nothing registered costs a test for each table, not page
             for i in range(first, first + ((stop - addr) >> 12)):
                 if leaf.entry[i] & PTE_WRITE:
                     fire_page(parent, WRPROTECT_PAGE, vma, addr + (i - first) * PAGE_SIZE)
@@ -42,10 +40,10 @@ cdef inline bint fork_range(MM *parent, MM *child, VMArea *vma) noexcept nogil:
             pte = leaf.entry[i]
             if pte == 0:
                 continue
-            if pte & lost:
-                pte &= ~lost
+            if pte & (PTE_WRITE | PTE_EXCLUSIVE):
+                pte &= ~<u64> (PTE_WRITE | PTE_EXCLUSIVE)
                 leaf.entry[i] = pte
-            copy.entry[i] = pte & fresh
+            copy.entry[i] = pte & ~<u64> PTE_YOUNG
             copied += 1
             if not pte & PTE_ZERO:
                 frames += 1

@@ -19,11 +19,12 @@ cdef FileCache *file_new(Memory *mem, u64 size) noexcept nogil:
 
 cdef void file_free(FileCache *file) noexcept nogil:
     """Nobody refers to it any more: its page cache goes."""
+    cdef Memory *mem = file.mem
     cdef FrameBatch batch
     cdef Table *leaf
     cdef u64 addr = 0
     cdef u64 i
-    batch_begin(&batch, file.mem, 0)
+    batch_begin(&batch, mem, 0)
     while True:
         leaf = leaf_next(file.pages, &addr, 1ULL << 48)
         if leaf == NULL:
@@ -31,8 +32,11 @@ cdef void file_free(FileCache *file) noexcept nogil:
         for i in range(512):
             if leaf.entry[i]:
                 batch_free(&batch, leaf.entry[i])
-        addr += 1 << 21
+        addr = leaf_end(addr)
     batch_end(&batch)
+    # whoever found the file by a frame's owner did so under this lock: wait for him
+    pthread_mutex_lock(&mem.lock)
+    pthread_mutex_unlock(&mem.lock)
     table_free(file.pages, 3)
     free(file)
 

@@ -1,4 +1,13 @@
 # PhysicalMemory and File: the faces of what address spaces share.
+from weakref import WeakValueDictionary
+
+
+cdef int refuse_in_callback() except -1:
+    """Callbacks may look and may not touch."""
+    if thread_inside() != NULL:
+        raise RuntimeError("a hook callback may look at an address space and may not change it")
+    return 0
+
 
 cdef u64 as_u64(object value, str name) except? 0xfffffffffffffff1:
     """An address, length or offset in bytes."""
@@ -114,7 +123,7 @@ cdef class PhysicalMemory:
             pte = pte_find(space.mm.root, addr)
             mapped = pte != NULL and pte[0] & PTE_PRESENT and not pte[0] & PTE_ZERO and pte_pfn(pte[0]) == number
             space.look_end()
-            if mapped:
+            if mapped and (space, addr) not in found:       # a VMA being split is listed twice for a moment
                 found.append((space, addr))
         return found
 
@@ -129,7 +138,7 @@ cdef u64 *rmap_candidates(const Frame *frame, u64 *count) noexcept nogil:
     NULL with *count nonzero: no memory.
     """
     cdef u64 owner = atomic_load(&frame.owner)
-    cdef u64 index = frame.index
+    cdef u64 index = atomic_load(&frame.index)
     cdef const AnonLink *link = NULL
     cdef const VMArea *vma = NULL
     cdef u64 room = 0
@@ -166,6 +175,9 @@ cdef void rmap_candidate(const VMArea *vma, u64 index, u64 *spots, u64 *count) n
         count[0] += 1
 
 
+cdef object faces = WeakValueDictionary()       # File by the address of its FileCache
+
+
 @cython.no_gc_clear             # its end needs `mem`
 cdef class File:
     """
@@ -191,11 +203,10 @@ cdef class File:
         self.file = file_new(mem.mem, bytes_)
         if self.file == NULL:
             raise MemoryError("File")
-        self.file.face = <void *> self
+        faces[<size_t> self.file] = self
 
     def __dealloc__(self):
         if self.file != NULL:
-            self.file.face = NULL
             with nogil:
                 file_put(self.file)
 
@@ -242,8 +253,9 @@ cdef class File:
         cdef bint done = True
         if count == 0:
             return
-        if at + count > 1ULL << 46:
+        if at > 1ULL << 46 or count > (1ULL << 46) - at:
             raise ValueError(f"offset = {offset}: a file has at most 2**46 bytes")
+        refuse_in_callback()
         with nogil:
             pthread_mutex_lock(&file.mem.lock)
             done = file_write(file, at, <const char *> &source[0], count)

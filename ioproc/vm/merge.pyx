@@ -36,9 +36,9 @@ cdef void vma_free(VMArea *vma) noexcept nogil:
     free(vma)
 
 
-cdef VMArea *vma_duplicate(VMArea *vma, u64 start, u64 end) noexcept nogil:
+cdef VMArea *vma_duplicate(VMArea *vma, u64 start, u64 end, u64 pgoff) noexcept nogil:
     """A VMA like `vma` for [start, end), which may lie elsewhere; not yet in the address space.  NULL: no memory."""
-    cdef VMArea *copy = vma_new(vma.mm, start, end, vma_index(vma, start), vma.flags, vma.file)
+    cdef VMArea *copy = vma_new(vma.mm, start, end, pgoff, vma.flags, vma.file)
     cdef bint done
     if copy == NULL:
         return NULL
@@ -56,7 +56,7 @@ cdef VMArea *vma_duplicate(VMArea *vma, u64 start, u64 end) noexcept nogil:
 
 cdef int vma_split(MM *mm, VMArea *vma, u64 addr) noexcept nogil:
     """[start, addr) stays `vma`, [addr, end) becomes its successor; both carry the chain.  Fires nothing."""
-    cdef VMArea *upper = vma_duplicate(vma, addr, vma.end)
+    cdef VMArea *upper = vma_duplicate(vma, addr, vma.end, vma_index(vma, addr))
     if upper == NULL:
         return -ENOMEM
     vma_resize(vma, vma.start, addr)
@@ -100,8 +100,6 @@ cdef bint may_merge(const Proposed *want, const VMArea *with_vma) noexcept nogil
     if with_vma.flags != want.flags or with_vma.file != want.file or with_vma.chain != want.chain:
         return False
     if with_vma.attach != want.attach:      # the kernel has another file object for each
-        return False
-    if want.flags & VM_DONTEXPAND:
         return False
     if with_vma.anon == NULL and want.anon != NULL:
         return not has_inherited(want.middle) and not has_inherited(want.copied)

@@ -49,7 +49,6 @@ cdef enum:
     VM_SEQ_READ = 0x8000
     VM_RAND_READ = 0x10000
     VM_DONTCOPY = 0x20000
-    VM_DONTEXPAND = 0x40000
     VM_ACCOUNT = 0x100000
     VM_NORESERVE = 0x200000
     VM_SYSV_SHM = 0x400000      # an attached shared-memory segment: what shmdt looks for
@@ -107,7 +106,6 @@ cdef struct FileCache:          # a file's page cache and its mappings
     bint anonymous              # made by MAP_SHARED | MAP_ANONYMOUS
     VMArea *mappings
     Memory *mem
-    void *face                  # the Python object, borrowed, or NULL; under the GIL
 
 cdef struct VMArea:
     u64 start                   # to `mm`: ioproc_vma of the C interface
@@ -140,6 +138,8 @@ cdef struct FaultCounts:
 
 cdef struct Attached:           # an ops structure that was registered here: for the order of release
     const ioproc_ops *ops
+    u64 cells                   # live ones that point at it; 0: no longer attached
+    bint unreleased             # teardown
     Attached *next              # newest first
 
 cdef struct MM:

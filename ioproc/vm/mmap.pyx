@@ -8,8 +8,15 @@ cdef enum:
     MAP_LOCKED = 0x2000
     MAP_NORESERVE = 0x4000
     MAP_POPULATE = 0x8000
+    MAP_NONBLOCK = 0x10000
     MAP_STACK = 0x20000
     MAP_FIXED_NOREPLACE = 0x100000
+
+cdef extern from * nogil:
+    """
+    #define IOPROC_FILE_LIMIT ((1ULL << 63) - 1)
+    """
+    const u64 FILE_LIMIT "IOPROC_FILE_LIMIT"        # bytes: the largest offset a file can have
 
 
 cdef bint may_expand(const MM *mm, u64 flags, u64 pages) noexcept nogil:
@@ -169,8 +176,6 @@ cdef i64 mm_mmap(MM *mm, u64 addr, u64 length, u64 prot, u64 flags, FileCache *f
     length = page_align(length)
     if length == 0:
         return -ENOMEM
-    if pgoff + (length >> PAGE_SHIFT) < pgoff:
-        return -EOVERFLOW
     if mm.map_count > mm.max_map_count:
         return -ENOMEM
     if flags & MAP_LOCKED:
@@ -185,6 +190,8 @@ cdef i64 mm_mmap(MM *mm, u64 addr, u64 length, u64 prot, u64 flags, FileCache *f
     addr = <u64> result
     if flags & MAP_FIXED_NOREPLACE and vma_first_in(mm, addr, addr + length) != NULL:
         return -EEXIST
+    if file != NULL and pgoff > (FILE_LIMIT - length) >> PAGE_SHIFT:
+        return -EOVERFLOW
     if type == MAP_SHARED_VALIDATE and file != NULL and flags & MAP_FIXED_NOREPLACE:
         return -EOPNOTSUPP                  # VALIDATE knows only the flags older than itself
     if type == MAP_SHARED or (type == MAP_SHARED_VALIDATE and file != NULL):
@@ -204,7 +211,7 @@ cdef i64 mm_mmap(MM *mm, u64 addr, u64 length, u64 prot, u64 flags, FileCache *f
     result = map_range(mm, addr, length, vm_flags, file, pgoff, False)
     if made != NULL:
         file_put(made)
-    if result >= 0 and flags & (MAP_POPULATE | MAP_LOCKED):
+    if result >= 0 and (flags & MAP_LOCKED or flags & (MAP_POPULATE | MAP_NONBLOCK) == MAP_POPULATE):
         populate(mm, addr, addr + length)
     return result
 
@@ -253,15 +260,16 @@ cdef int mm_shmdt(MM *mm, u64 addr) noexcept nogil:
     """Unmap what is left of the segment attached at `addr`."""
     cdef VMArea *vma
     cdef u64 attach = 0
-    cdef u64 at = addr
     cdef u64 end = TASK_SIZE
+    cdef VMArea *next
     if addr & (PAGE_SIZE - 1):
         return -EINVAL
+    next = vma_first_in(mm, addr, end)
     while True:
-        vma = vma_first_in(mm, at, end)
-        if vma == NULL:
+        vma = next
+        if vma == NULL or (attach and vma.end > end):       # what mremap made longer stays
             return 0 if attach else -EINVAL
-        at = vma.end
+        next = vma.next
         if (vma.flags & VM_SYSV_SHM and vma.start >= addr and (vma.start - addr) >> PAGE_SHIFT == vma.pgoff
                 and (attach == 0 or vma.attach == attach)):
             if attach == 0:

@@ -31,9 +31,8 @@ cdef VMArea *vma_move_target(MM *mm, VMArea *vma, u64 old, u64 new, u64 length) 
     copy = merge_new(mm, &want)
     if copy != NULL:
         return copy
-    copy = vma_duplicate(vma, new, new + length)
+    copy = vma_duplicate(vma, new, new + length, want.pgoff)
     if copy != NULL:
-        copy.pgoff = want.pgoff
         vma_insert(mm, copy)
     return copy
 
@@ -44,18 +43,19 @@ cdef i64 move_vma(MM *mm, VMArea *vma, u64 old, u64 old_length, u64 new, u64 new
     cdef u64 moved = old_length if old_length < new_length else new_length
     if mm.map_count + 3 >= mm.max_map_count:
         return -ENOMEM
+    # the tables first, so that nothing can fail once something has moved
+    if not move_prepare(mm, old, new, moved):
+        return -ENOMEM
     target = vma_move_target(mm, vma, old, new, new_length)
     if target == NULL:
+        drop_empty_tables(mm, new, moved)
         return -ENOMEM
     if moved == 0:                          # a shared mapping duplicated
         return <i64> new
     vma = vma_at(mm, old)                   # may have merged with the target
     fire_range(mm, INVALIDATE_RANGE, vma, old, old + moved)
     fire_range(mm, INVALIDATE_RANGE, target, new, new + moved)
-    if not move_range(mm, old, new, moved):
-        move_range(mm, new, old, moved)     # the tables it came from are mostly there: back
-        unmap_range(mm, new, new + new_length)
-        return -ENOMEM
+    move_range(mm, old, new, moved)
     unmap_range(mm, old, old + old_length)
     return <i64> new
 
@@ -75,8 +75,6 @@ cdef i64 mremap_check_resize(MM *mm, VMArea *vma, u64 addr, u64 old_length, u64 
     pgoff = vma_index(vma, addr)
     if pgoff + (new_length >> PAGE_SHIFT) < pgoff:
         return -EINVAL
-    if vma.flags & VM_DONTEXPAND:
-        return -EFAULT
     if not may_expand(mm, vma.flags, (new_length - old_length) >> PAGE_SHIFT):
         return -ENOMEM
     return 0
@@ -148,6 +146,19 @@ cdef bint grow_in_place(MM *mm, VMArea *vma, u64 delta) noexcept nogil:
 
 
 cdef i64 mm_mremap(MM *mm, u64 addr, u64 old_length, u64 new_length, int flags, u64 new) noexcept nogil:
+    cdef VMArea *vma
+    cdef i64 result = mremap_unlocked(mm, addr, old_length, new_length, flags, new)
+    old_length = page_align(old_length)
+    new_length = page_align(new_length)
+    if result >= 0 and new_length > old_length:
+        vma = vma_at(mm, <u64> result)
+        if vma.flags & VM_LOCKED:
+            populate(mm, <u64> result + old_length, <u64> result + new_length)
+    return result
+
+
+cdef i64 mremap_unlocked(MM *mm, u64 addr, u64 old_length, u64 new_length, int flags, u64 new) noexcept nogil:
+    """All but populating what locked memory grew by."""
     cdef VMArea *vma
     cdef i64 error
     cdef i64 found

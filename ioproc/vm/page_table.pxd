@@ -10,6 +10,11 @@ cdef inline u64 table_index(u64 addr, int level) noexcept nogil:
     return (addr >> (PAGE_SHIFT + 9 * level)) & 511
 
 
+cdef inline u64 leaf_end(u64 addr) noexcept nogil:
+    """Where what the leaf of `addr` covers (2 MiB) ends."""
+    return ((addr >> (PAGE_SHIFT + 9)) + 1) << (PAGE_SHIFT + 9)
+
+
 cdef inline Table *table_new() noexcept nogil:
     return <Table *> calloc(1, sizeof(Table))
 

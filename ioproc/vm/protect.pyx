@@ -46,6 +46,7 @@ cdef int mm_mprotect(MM *mm, u64 start, u64 length, u64 prot) noexcept nogil:
 
 cdef int vma_protect(MM *mm, VMArea *vma, u64 start, u64 end, u64 flags) noexcept nogil:
     cdef u64 pages = (end - start) >> PAGE_SHIFT
+    cdef u64 old = vma.flags
     cdef int error
     if flags & VM_WRITE:
         if not may_expand(mm, flags, pages) and may_expand(mm, vma.flags, pages):
@@ -59,6 +60,8 @@ cdef int vma_protect(MM *mm, VMArea *vma, u64 start, u64 end, u64 flags) noexcep
         return error
     fire_protection(mm, vma, start, end, <u32> (flags & VM_ACCESS))
     protect_range(mm, vma, start, end)
+    if flags & VM_WRITE and old & (VM_WRITE | VM_SHARED | VM_LOCKED) == VM_LOCKED:
+        populate(mm, start, end)            # locked memory takes its write faults now
     return 0
 
 

@@ -1,11 +1,10 @@
 # Taking page-table entries away, changing their protection, moving them.  Callers fire the hooks.
 from libc.stdint cimport uint64_t as u64
-from ioproc.hooks.chain cimport unlikely
 from ioproc.vm.frames cimport FrameBatch, frame_unmap
 from ioproc.vm.mm cimport (
     MM, PAGE_SIZE, PTE_DIRTY, PTE_EXCLUSIVE, PTE_PRESENT, PTE_USER, PTE_WRITE, PTE_YOUNG, PTE_ZERO, VM_ACCESS, VM_SHARED,
     VM_WRITE, Table, VMArea)
-from ioproc.vm.page_table cimport leaf_drop, leaf_make, leaf_next, pte_set, table_index
+from ioproc.vm.page_table cimport leaf_drop, leaf_end, leaf_find, leaf_make, leaf_next, pte_set, table_index
 
 
 cdef inline void zap_range(MM *mm, u64 start, u64 end, FrameBatch *batch) noexcept nogil:
@@ -18,7 +17,7 @@ cdef inline void zap_range(MM *mm, u64 start, u64 end, FrameBatch *batch) noexce
         if leaf == NULL:
             return
         begin = addr
-        stop = ((addr >> 21) + 1) << 21
+        stop = leaf_end(addr)
         if stop > end:
             stop = end
         cleared = 0
@@ -53,7 +52,7 @@ cdef inline void protect_range(MM *mm, VMArea *vma, u64 start, u64 end) noexcept
         leaf = leaf_next(mm.root, &addr, end)
         if leaf == NULL:
             return
-        stop = ((addr >> 21) + 1) << 21
+        stop = leaf_end(addr)
         if stop > end:
             stop = end
         for i in range(table_index(addr, 0), table_index(addr, 0) + ((stop - addr) >> 12)):
@@ -66,36 +65,54 @@ cdef inline void protect_range(MM *mm, VMArea *vma, u64 start, u64 end) noexcept
         addr = stop
 
 
-cdef inline bint move_range(MM *mm, u64 old, u64 new, u64 length) noexcept nogil:
-    """Move the entries of [old, old + length) to the empty range at `new`.  False: no memory for a table, some moved."""
-    cdef u64 addr = old
-    cdef u64 end = old + length
-    cdef u64 stop, i, begin
+cdef inline void drop_empty_tables(MM *mm, u64 start, u64 length) noexcept nogil:
+    """What a move left empty, where it came from or where it went."""
+    cdef u64 addr = start
     cdef Table *leaf
-    cdef Table *target = NULL
-    cdef u64 target_base = 1
     while True:
-        leaf = leaf_next(mm.root, &addr, end)
+        leaf = leaf_next(mm.root, &addr, start + length)
         if leaf == NULL:
-            return True
-        begin = addr
-        stop = ((addr >> 21) + 1) << 21
-        if stop > end:
-            stop = end
+            return
+        if leaf.used == 0:
+            leaf_drop(mm.root, addr)
+        addr = leaf_end(addr)
+
+
+cdef inline bint move_prepare(MM *mm, u64 old, u64 new, u64 length) noexcept nogil:
+    """Make the tables that `move_range` needs.  False: no memory, nothing changed."""
+    cdef u64 addr = old
+    cdef u64 last
+    while leaf_next(mm.root, &addr, old + length) != NULL:
+        last = leaf_end(addr) if leaf_end(addr) < old + length else old + length
+        # a source table straddles two at most
+        if leaf_make(mm.root, addr - old + new) == NULL or leaf_make(mm.root, last - PAGE_SIZE - old + new) == NULL:
+            drop_empty_tables(mm, new, length)
+            return False
+        addr = last
+    return True
+
+
+cdef inline void move_range(MM *mm, u64 old, u64 new, u64 length) noexcept nogil:
+    """Move the entries of [old, old + length) to the empty range at `new`, whose tables `move_prepare` made."""
+    cdef u64 addr = old
+    cdef u64 stop, i, to
+    cdef Table *leaf
+    while True:
+        leaf = leaf_next(mm.root, &addr, old + length)
+        if leaf == NULL:
+            break
+        stop = leaf_end(addr) if leaf_end(addr) < old + length else old + length
         while addr < stop:
             i = table_index(addr, 0)
             if leaf.entry[i]:
-                if (addr - old + new) >> 21 != target_base:
-                    target = leaf_make(mm.root, addr - old + new)
-                    if unlikely(target == NULL):
-                        return False
-                    target_base = (addr - old + new) >> 21
-                pte_set(target, table_index(addr - old + new, 0), leaf.entry[i])
+                to = addr - old + new
+                pte_set(leaf_find(mm.root, to), table_index(to, 0), leaf.entry[i])
                 leaf.entry[i] = 0
                 leaf.used -= 1
             addr += PAGE_SIZE
-        if leaf.used == 0:
-            leaf_drop(mm.root, begin)
+    # not before: a table empty as a source may be the target of what comes later
+    drop_empty_tables(mm, old, length)
+    drop_empty_tables(mm, new, length)
 
 
 cdef inline void age_range(MM *mm, u64 start, u64 end) noexcept nogil:
@@ -107,7 +124,7 @@ cdef inline void age_range(MM *mm, u64 start, u64 end) noexcept nogil:
         leaf = leaf_next(mm.root, &addr, end)
         if leaf == NULL:
             return
-        stop = ((addr >> 21) + 1) << 21
+        stop = leaf_end(addr)
         if stop > end:
             stop = end
         for i in range(table_index(addr, 0), table_index(addr, 0) + ((stop - addr) >> 12)):

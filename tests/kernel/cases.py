@@ -102,6 +102,10 @@ CASES = {
     "two attaches of a segment do not merge": Program((
         ("shmat", 0, at(29), 0, 0), ("shmat", 0, at(5), 0, 0), move(6, 3, 1, 30), ("shmdt", 0, at(29)), ("shmdt", 0, at(5)),
     ), segments=(4 * PAGE,)),
+    "shmdt leaves what mremap made longer than the segment": Program((
+        ("shmat", 0, at(0), 0, 0), ("mremap", 0, at(3), PAGE, 3 * PAGE, 0, 0), protect(0, 3, R), ("shmdt", 0, at(0)),
+        ("shmat", 0, at(10), 0, 0), ("mremap", 0, at(10), 4 * PAGE, 6 * PAGE, 0, 0), ("shmdt", 0, at(10)),
+    ), segments=(4 * PAGE,)),
     "a segment's VMA is not merged away, and moves alone": Program((
         ("shmat", 0, at(0), 0, 0), protect(0, 1, R), protect(0, 2, R | W), protect(1, 1, R), protect(0, 2, R | W),
         anonymous(4, 2), move(3, 3, 3, 20), move(4, 2, 2, 24), ("shmdt", 0, at(0)),

@@ -1,0 +1,266 @@
+"""``python -m ioproc.bench``, as its user sees it, and the sentences it ends with."""
+import contextlib
+import csv
+import io
+import json
+import math
+import os
+import pty
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import ioproc
+from history import History
+from ioproc import bench
+
+REDIS = Path(ioproc.__file__).parent / "histories" / "redis.ioproc.xz"
+KINDS = [name for name in ioproc.HOOK_NAMES if name != "release"]
+
+
+def run_bench(*arguments):
+    """In this process; what a process of its own adds is tested apart."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = bench.main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            status = end.code
+    return SimpleNamespace(returncode=status, stdout=out.getvalue(), stderr=err.getvalue())
+
+
+def report(*arguments):
+    run = run_bench("--quick", "--json", *arguments)
+    assert (run.returncode, run.stderr) == (0, "")
+    return json.loads(run.stdout, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return report()
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A history with communication of its own, whose metadata means to be a nuisance."""
+    trace = History().mmap(0, 64).comm(8, 8).faults(0, 64).fork(2).faults(0, 16, pid=2).munmap(0, 64).trace()
+    trace.metadata |= {"command": "NaN\x1b[2J", "character": "\x1b[2Jtricky"}
+    path = tmp_path_factory.mktemp("bench") / "small.ioproc"
+    trace.save(path)
+    return path
+
+
+def test_each_history_and_placement_has_its_row(shipped):
+    for name in ("hpcc", "nodejs", "redis"):
+        assert shipped["histories"][name]["untraced_s"] > 0
+        rows = [row for row in shipped["rows"] if row["history"] == name]
+        assert [row["placement"] for row in rows] == ["none", "mm", "vma"]
+    assert len(shipped["rows"]) == 9
+
+
+def test_the_rows_agree_with_themselves_and_each_other(shipped):
+    rows = {(row["history"], row["placement"]): row for row in shipped["rows"]}
+    for (name, placement), row in rows.items():
+        nothing, whole, vma = (rows[name, other] for other in ("none", "mm", "vma"))
+        assert row["calls"] == sum(row[kind] for kind in KINDS)
+        assert all(row["useful"][kind] <= row[kind] for kind in KINDS)
+        if placement != "none":
+            assert row["useful_share"] == pytest.approx(sum(row["useful"].values()) / row["calls"])
+        assert row["chain_nodes"] == row["calls"] + row["release"]     # one device
+        assert row["added"] == row["vmas_peak"] - row["vmas_none"]
+        assert row["vmas_none"] == nothing["vmas_peak"]
+        assert row["events"] == nothing["events"]
+        assert row["disagreement"] < 0.001
+        assert row["ns_per_event"] > 0
+        assert row["register_failures"] == 0
+        assert nothing["calls"] == nothing["registrations"] == nothing["added"] == whole["added"] == 0
+        assert 0 < vma["calls"] <= whole["calls"]
+        assert all(vma[kind] <= whole[kind] for kind in ("update_page", "invalidate_page", "wrprotect_page"))
+        assert vma["useful_share"] > 0.99 > 0.3 > whole["useful_share"]
+        # what concerns a page concerns registered memory or not, wherever the device is
+        assert all(vma["useful"][kind] == whole["useful"][kind] for kind in ("update_page", "invalidate_page", "wrprotect_page"))
+        assert 0.09 < vma["achieved_share"] <= 0.1
+
+
+def test_the_micro_figures(shipped):
+    figures = {figure["what"]: figure["value"] for figure in shipped["micro"]}
+    assert 0 < figures["page fault, nothing registered"] < figures["+ 1 Python op"]
+    assert 0 < figures["+ 8 native ops"] < figures["+ 1 Python op"]
+    assert shipped["register_ns"] == figures["register a buffer on its VMA"] > 0
+
+
+def test_the_answers(shipped):
+    rows = {(row["history"], row["placement"]): row for row in shipped["rows"]}
+    for name, answer in zip(("hpcc", "nodejs", "redis"), shipped["answers"], strict=True):
+        assert answer.startswith(f"{name}: ")
+        assert f"{rows[name, 'mm']['calls']:,} times" in answer
+        assert f"{rows[name, 'vma']['calls']:,} calls" in answer
+        assert f"{rows[name, 'vma']['registrations']:,} registrations" in answer
+
+
+def test_a_seed_makes_the_same_choice():
+    def counted(*arguments):
+        return [{key: row[key] for key in ("calls", *KINDS, "registrations", "vmas_peak")}
+                for row in report("--trace", REDIS, *arguments)["rows"]]
+    assert counted() == counted("--seed", 0) != counted("--seed", 1)
+
+
+def test_a_history_with_communication_of_its_own(small):
+    told = report("--trace", small, "--call-ns", "100")
+    assert [row["communicates"] for row in told["rows"]] == ["-", "as recorded", "as recorded"]
+    assert [row["update_page"] for row in told["rows"]] == [0, 80, 8]
+    assert [row["share"] for row in told["rows"]] == [0, None, None]
+    assert told["call_ns"] == 100
+    assert "recorded messages" in told["answers"][0]
+    assert "nan" not in told["answers"][0].lower()
+    assert told["histories"]["small"]["command"] == "NaN\x1b[2J"
+
+
+def test_two_histories_of_one_name(small, tmp_path):
+    twin = tmp_path / small.name
+    twin.write_bytes(small.read_bytes())
+    assert list(report("--trace", small, "--trace", twin)["histories"]) == [str(small), str(twin)]
+
+
+def test_a_history_without_events(tmp_path):
+    History().trace().save(tmp_path / "empty.ioproc")
+    assert report("--trace", tmp_path / "empty.ioproc")["rows"][0]["events"] == 0
+    assert run_bench("--quick", "--trace", tmp_path / "empty.ioproc").returncode == 0
+
+
+def test_as_a_table(small):
+    run = run_bench("--quick", "--trace", small)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "\x1b" not in run.stdout
+    assert "inferred: 0 events" in run.stdout
+    header = next(line for line in run.stdout.splitlines() if line.startswith("communicates"))
+    assert [header.count(title) for title in ("placement", "upd.page", "useful", "nodes", "VMAs", "ns/event")] == [1] * 6
+    assert "The answer" in run.stdout
+    assert max(map(len, run.stdout.splitlines())) <= 150
+
+
+def test_as_csv(small):
+    run = run_bench("--quick", "--csv", "--trace", small)
+    assert run.returncode == 0
+    rows = list(csv.DictReader(io.StringIO(run.stdout)))
+    assert [row["placement"] for row in rows] == ["none", "mm", "vma"]
+    assert [row["share"] for row in rows] == ["0.0", "", ""]
+    assert int(rows[1]["calls"]) == sum(int(rows[1][kind]) for kind in KINDS)
+
+
+@pytest.mark.parametrize("arguments", [["--json", "--csv"], ["--seed", "x"], ["--seed", "-1"], ["--call-ns", "-1"],
+                                       ["--call-ns", "nan"], ["--trace"], ["fast"]])
+def test_bad_arguments(arguments):
+    run = run_bench(*arguments)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert "usage" in run.stderr
+
+
+@pytest.mark.parametrize(("path", "message"), [("none", "No such file"), (".", "directory"), (__file__, "not an ioproc history"),
+                                               ("short", "truncated")])
+def test_unreadable_histories(path, message, small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("short").write_bytes(small.read_bytes()[:-1])
+    run = run_bench("--quick", "--trace", small, "--trace", path)
+    assert (run.returncode, run.stdout) == (3, "")
+    assert run.stderr.count("\n") == 1
+    assert message in run.stderr
+
+
+def test_as_a_program():
+    run = subprocess.run([sys.executable, "-m", "ioproc.bench", "--quick"], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert all(f"\n{name}: on the whole address space" in run.stdout for name in ("hpcc", "nodejs", "redis"))
+
+
+def test_out_of_memory(small, monkeypatch):
+    def replay(*arguments, **options):
+        raise MemoryError("replay stopped in event 3: out of frames or memory")
+    monkeypatch.setattr(bench, "replay", replay)
+    run = run_bench("--quick", "--trace", small)
+    assert (run.returncode, run.stdout) == (3, "")
+    assert run.stderr == "ioproc.bench: replay stopped in event 3: out of frames or memory\n"
+
+
+@pytest.mark.parametrize("buffered", ["", "1"])
+def test_a_closed_pipe_is_no_error(small, buffered):
+    read, write = os.pipe()
+    os.close(read)
+    run = subprocess.run([sys.executable, "-m", "ioproc.bench", "--quick", "--trace", small], stdout=write, text=True,
+                         stderr=subprocess.PIPE, check=False, env=os.environ | {"PYTHONUNBUFFERED": buffered})
+    os.close(write)
+    assert (run.returncode, run.stderr) == (0, "")
+
+
+def test_interrupted():
+    """Its progress on a terminal says when to press Ctrl-C."""
+    ours, theirs = pty.openpty()
+    with subprocess.Popen([sys.executable, "-m", "ioproc.bench"], stdout=subprocess.PIPE, stderr=theirs,
+                          preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL)) as process:
+        os.close(theirs)
+        told = b""
+        while b"micro-figures" not in told:
+            told += os.read(ours, 1000)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+    told += os.read(ours, 1000)
+    os.close(ours)
+    assert (process.returncode, output) == (130, b"")
+    assert b"Traceback" not in told
+
+
+# ---- the sentences
+
+def rows_for(costs, kind="buffers"):
+    """One line for each placement and share: calls of the whole address space are 100."""
+    rows = []
+    for share, calls in costs.items():
+        for placement, number in (("mm", 100), ("vma", calls)):
+            rows.append({"kind": kind, "share": share, "achieved_share": share, "placement": placement, "calls": number,
+                         "registrations": 2, "events": 50, "useful_share": 0.25, "added": 3,
+                         "communicates": f"{share:.0%} in {kind}"})
+    return rows
+
+
+@pytest.mark.parametrize(("costs", "expected"), [
+    ({0.1: 10, 0.5: 50, 1.0: 90}, None),
+    ({0.1: 10, 0.5: 99, 1.0: 100}, (10, 50)),
+    ({0.1: 99, 0.5: 99}, (0, 10)),
+])
+def test_where_per_vma_stops_paying(costs, expected):
+    assert bench.crossover(rows_for(costs), "buffers", call_ns=1, register_ns=1) == expected
+
+
+def test_an_answer_in_words():
+    trace = History().trace()
+    trace.metadata["untraced_s"] = 2.0
+    text = bench.answer("x", trace, rows_for({0.1: 10, 1.0: 100}), 1000, 1)
+    assert text == (
+        "x: on the whole address space a device is called 100 times, 2 per event; "
+        "that costs 100 us or 0.005% of the run's 2.0 s. "
+        "With 10% in buffers communicating, 25% of these calls are useful; per VMA makes 10 calls and 2 registrations, "
+        "has at most 3 VMAs more, and costs 10 us or 0.0005%: less. "
+        "With 100% in buffers communicating, 25% of these calls are useful; per VMA makes 100 calls and 2 registrations, "
+        "has at most 3 VMAs more, and costs 100 us or 0.005%: not less. "
+        "Share from which per VMA does not pay: in buffers, between 10% and 100%.")
+    assert "none in range" in bench.answer("x", trace, rows_for({0.1: 10, 1.0: 50}), 1, 1)
+
+
+@pytest.mark.parametrize(("value", "text"), [(0, "0%"), (0.00001234, "0.000012%"), (0.5, "0.5%"), (9.94, "9.9%"), (9.96, "10%"),
+                                             (99.4, "99%"), (100, "100%"), (1234.5, "1234%")])
+def test_percent(value, text):
+    assert bench.percent(value) == text
+
+
+@pytest.mark.parametrize(("ns", "text"), [(0, "0 ns"), (12.34, "12.3 ns"), (1234, "1.23 us"), (5e6, "5 ms"), (2.5e9, "2.5 s")])
+def test_duration(ns, text):
+    assert bench.duration(ns) == text
+
+
+def test_what_json_cannot_say():
+    assert bench.plain({"a": [math.nan, 1.0, "NaN"], "b": (math.inf)}) == {"a": [None, 1.0, "NaN"], "b": None}
