@@ -23,7 +23,7 @@ rm -rf ioproc/_core*.so build
 "$python" setup.py --quiet build_ext --inplace 2>&1
 
 library() { "${CC:-cc}" -print-file-name="$1"; }
-run="$python -m pytest -p no:cacheprovider"
+run="$python -m pytest -p no:cacheprovider --capture=sys"     # reports go to file descriptor 2
 export PYTHONMALLOC=malloc
 if [ "$IOPROC_SANITIZE" = thread ]; then
     echo "race:_dl_deallocate_tls" >suppressions       # the C library's own

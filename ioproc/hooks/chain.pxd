@@ -60,6 +60,7 @@ cdef struct Chain:              # one cell
     u64 refs                    # VMAs, address spaces and cells that point here
     u64 *attached               # counts the live cells of the same ops
     Chain *interned             # the address space's list of its live cells
+    Chain *interned_before
 
 cdef struct HookCounts:         # counted only when a chain is walked
     u64 walks[9]                # chains walked, by kind

@@ -5,7 +5,7 @@ cdef extern from * nogil:
     """
     /* `inside`: the address space whose operation this thread is in; Python code that runs meanwhile is a callback.
        `raised`: the first exception of a callback, owned. */
-    static __thread struct { void *inside; PyObject *raised; } ioproc_thread;
+    static __thread struct { void *inside; PyObject *raised; } ioproc_thread __attribute__((tls_model("initial-exec")));
     #define IOPROC_INSIDE() (ioproc_thread.inside)
     #define IOPROC_SET_INSIDE(mm) (ioproc_thread.inside = (mm))
     #define IOPROC_RAISED() (ioproc_thread.raised)

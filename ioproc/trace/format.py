@@ -120,6 +120,24 @@ class Trace:
         for begin in range(0, len(self.events), size):
             yield self.events[begin:begin + size]
 
+    def inferred(self):
+        """Count what the history does not tell.
+
+        Returns
+        -------
+        dict
+            Events that were inferred as a whole (``events``) or in their ``access``, ``file`` identity or ``size``.
+        """
+        origins = np.zeros(256, np.int64)
+        for block in self.blocks():
+            origins += np.bincount(block["origin"], minlength=256)
+
+        def having(bit):
+            return int(sum(origins[value] for value in range(256) if value & bit))
+
+        return {"events": having(Origin.EVENT), "access": having(Origin.ACCESS),
+                "file": having(Origin.FILE), "size": having(Origin.SIZE)}
+
     def summary(self):
         """Count the events by operation and origin.
 
@@ -130,27 +148,20 @@ class Trace:
             ``inferred`` (by kind: whole events, access, file identity, size).
         """
         operations = np.zeros(256, np.int64)
-        origins = np.zeros(256, np.int64)
         pids, tids, begin, end = set(), set(), 0, 0
         for number, block in enumerate(self.blocks()):
             operations += np.bincount(block["op"], minlength=256)
-            origins += np.bincount(block["origin"], minlength=256)
             pids.update(np.unique(block["pid"]).tolist())
             tids.update(np.unique(block["tid"]).tolist())
             begin = begin if number else int(block["t"][0])
             end = int(block["t"][-1])
-
-        def having(bit):
-            return int(sum(origins[value] for value in range(256) if value & bit))
-
         return {
             "events": len(self),
             "seconds": (end - begin) / 1e9,
             "processes": len(pids),
             "threads": len(tids),
             "operations": {op.name.lower(): int(operations[op]) for op in Op if operations[op]},
-            "inferred": {"events": having(Origin.EVENT), "access": having(Origin.ACCESS),
-                         "file": having(Origin.FILE), "size": having(Origin.SIZE)},
+            "inferred": self.inferred(),
         }
 
     def save(self, path, *, packed=None):

@@ -137,7 +137,7 @@ def replay(trace, *, placement="none", communication=None, ops=None, frames=FRAM
         events=counted["events"],
         seconds=seconds,
         operations={names[op]: n for op, n in counted["operations"].items()},
-        inferred=trace.summary()["inferred"],
+        inferred=trace.inferred(),
         guessed=counted["guessed_access"],
         differences={op: row for op, row in differences.items() if row},
         first_differing=counted["noted"],

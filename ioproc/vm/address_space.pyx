@@ -673,6 +673,8 @@ cdef class AddressSpace:
             bytes_ = as_u64(length, "length")
         self.enter()
         try:
+            if register:
+                owners[<size_t> &ops.ops] = ops
             with nogil:
                 if whole:
                     error = mm_register(self.mm, &ops.ops) if register else mm_unregister(self.mm, &ops.ops)
@@ -681,8 +683,8 @@ cdef class AddressSpace:
                 else:
                     error = vma_unregister(self.mm, &ops.ops, at, bytes_)
             # nothing here makes an object the garbage collector knows, and what is let go of ends after the lock
-            if attached_find(self.mm, &ops.ops) != NULL:
-                owners[<size_t> &ops.ops] = ops
+            if attached_find(self.mm, &ops.ops) == NULL:
+                gone.append(owners.pop(<size_t> &ops.ops, None))
             record = attached_take_gone(self.mm)
             while record != NULL:
                 gone.append(owners.pop(<size_t> record.ops, None))

@@ -20,6 +20,8 @@ cdef Chain *cell_get(MM *mm, const ioproc_ops *ops, u64 *attached, Chain *next) 
     if next != NULL:
         next.refs += 1
     cell.interned = mm.cells
+    if mm.cells != NULL:
+        mm.cells.interned_before = cell
     mm.cells = cell
     mm.hooked += 1
     return cell
@@ -33,15 +35,16 @@ cdef Chain *cell_hold(Chain *cell) noexcept nogil:
 
 cdef void cell_put(MM *mm, Chain *cell) noexcept nogil:
     cdef Chain *next
-    cdef Chain **link
     while cell != NULL:
         cell.refs -= 1
         if cell.refs:
             return
-        link = &mm.cells
-        while link[0] != cell:
-            link = &link[0].interned
-        link[0] = cell.interned
+        if cell.interned_before != NULL:
+            cell.interned_before.interned = cell.interned
+        else:
+            mm.cells = cell.interned
+        if cell.interned != NULL:
+            cell.interned.interned_before = cell.interned_before
         cell.attached[0] -= 1
         mm.hooked -= 1
         next = cell.next
@@ -97,14 +100,23 @@ cdef void attached_free(Attached *record) noexcept nogil:
 
 
 cdef Attached *attached_make(MM *mm, const ioproc_ops *ops) noexcept nogil:
-    """The record of an ops about to be registered: a new one is the newest.  NULL: no memory."""
-    cdef Attached *record = attached_find(mm, ops)
+    """The one record of an ops about to be registered: the newest, unless it is attached already.  NULL: no memory."""
+    cdef Attached **link = &mm.attached
+    cdef Attached *record
+    while link[0] != NULL and link[0].ops != ops:
+        link = &link[0].next
+    record = link[0]
     if record == NULL:
         record = <Attached *> calloc(1, sizeof(Attached))
-        if record != NULL:
-            record.ops = ops
-            record.next = mm.attached
-            mm.attached = record
+        if record == NULL:
+            return NULL
+        record.ops = ops
+    elif record.cells:
+        return record
+    else:
+        link[0] = record.next
+    record.next = mm.attached
+    mm.attached = record
     return record
 
 

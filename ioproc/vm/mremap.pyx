@@ -120,7 +120,7 @@ cdef i64 mremap_move_all(MM *mm, u64 addr, u64 length, u64 new) noexcept nogil:
         if result < 0:
             return result
         at = stop
-        vma = vma_first_in(mm, at, end)
+        vma = vma_first_in(mm, at, end) if at < end else NULL
     return <i64> new
 
 
