@@ -1,14 +1,14 @@
 """Random programs of memory calls, run on one or more implementations and compared after every call.
 
 `Side` runs the calls on one implementation (model.py, or ioproc) and collects all that can be seen;
-`Calls` is a hypothesis state machine that chooses them; `smallest` cuts a failing program down.
+`Program` turns the steps that hypothesis chooses into calls; `smallest` cuts a failing program down.
 Everything happens in an arena of a few pages, so that calls meet: ranges overlap, VMAs split and
 merge, forks share pages, ops hang everywhere.
 """
 import errno
 
 import hypothesis.strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from hypothesis import HealthCheck, Phase, given, seed, settings
 
 import model
 from model import PAGE
@@ -212,6 +212,7 @@ addresses = st.one_of(       # in the arena, or where a VMA starts or ends: ("st
     st.integers(0, ARENA_PAGES - 1).map(lambda page: ARENA + page * PAGE),
     st.tuples(st.sampled_from(["start", "end"]), st.integers(0, 5), st.sampled_from([0, 0, PAGE, -PAGE])))
 lengths = st.integers(1, 8).map(lambda pages: pages * PAGE)
+short_lengths = st.integers(1, 3).map(lambda pages: pages * PAGE)
 prots = st.sampled_from([3, 3, 3, 1, 1, 0, 5, 2])
 files = st.integers(0, len(FILE_SIZES) - 1).map(lambda i: ("file", i))
 all_ops = st.integers(0, 2).map(lambda i: ("ops", i))
@@ -222,106 +223,114 @@ def plus(addr, n):
     return addr + n if isinstance(addr, int) else (*addr[:-1], addr[-1] + n)
 
 
-class Calls(RuleBasedStateMachine):
-    """Chooses calls and runs them on `implementations`."""
+STEPS = []
 
-    implementations, limits = (model,), {}
-    failed = None       # the calls of the last program that failed
 
-    def __init__(self):
-        super().__init__()
-        self.program = Run(self.implementations, **self.limits)
+def step(weight=1, **strategies):
+    """Mark a method of `Program` as a step that may be chosen, with these arguments."""
+    def mark(method):
+        STEPS.extend([st.tuples(st.just(method), st.fixed_dictionaries(strategies))] * weight)
+        return method
+    return mark
+
+
+class Program:
+    """Turns steps into calls on address spaces that are alive and addresses that are interesting."""
+
+    def __init__(self, implementations, limits):
+        self.run = Run(implementations, **limits)
         self.calls = []
+
+    @property
+    def alive(self):
+        return self.run.alive
 
     def call(self, space, name, *args, **kwargs):
         args = [self.resolve(space, arg) for arg in args]
         kwargs = {key: self.resolve(space, value) for key, value in kwargs.items()}
         self.calls.append((space, name, args, kwargs))
-        try:
-            self.program.call(*self.calls[-1])
-        except Exception:
-            type(self).failed = self.calls
-            raise
+        self.run.call(*self.calls[-1])
 
     def resolve(self, space, arg):
         if not isinstance(arg, tuple) or arg[0] not in ("start", "end"):
             return arg
         edge, which, offset = arg
-        alive = self.program.alive
-        vmas = self.program.sides[0].spaces[alive[space % len(alive)]].vmas() if alive else []
+        alive = self.alive
+        vmas = self.run.sides[0].spaces[alive[space % len(alive)]].vmas() if alive else []
         return max(PAGE, getattr(vmas[which % len(vmas)], edge) + offset) if vmas else ARENA
 
     # --- mapping
 
-    @rule(space=spaces, addr=addresses, length=lengths, prot=prots, populate=st.booleans(),
+    @step(2, space=spaces, addr=addresses, length=lengths, prot=prots, populate=st.booleans(),
           flags=st.sampled_from([FIXED, FIXED, FIXED, 0, model.MAP_FIXED_NOREPLACE]), shared=st.booleans())
     def map_anonymous(self, space, addr, length, prot, populate, flags, shared):
         flags |= model.MAP_ANONYMOUS | (model.MAP_SHARED if shared else model.MAP_PRIVATE)
         self.call(space, "mmap", length, prot, flags | (model.MAP_POPULATE if populate else 0), addr=addr)
 
-    @rule(space=spaces, addr=addresses, length=lengths, prot=prots,
+    @step(3, space=spaces, addr=addresses, length=lengths, prot=prots,
           extra=st.sampled_from([0, 0, 0, model.MAP_NORESERVE, model.MAP_STACK, model.MAP_POPULATE]))
     def map_private(self, space, addr, length, prot, extra):
         self.call(space, "mmap", length, prot, model.MAP_PRIVATE | model.MAP_ANONYMOUS | FIXED | extra, addr=addr)
 
-    @rule(space=spaces, addr=addresses, length=lengths, prot=prots, file=files, page=st.integers(0, 3),
+    @step(2, space=spaces, addr=addresses, length=lengths, prot=prots, file=files, page=st.integers(0, 3),
           shared=st.booleans(), populate=st.booleans())
     def map_file(self, space, addr, length, prot, file, page, shared, populate):
         flags = FIXED | (model.MAP_SHARED if shared else model.MAP_PRIVATE)
         self.call(space, "mmap", length, prot, flags | (model.MAP_POPULATE if populate else 0),
                   addr=addr, file=file, offset=page * PAGE)
 
-    @rule(space=spaces, length=lengths, prot=prots, shared=st.booleans(), hint=st.none() | addresses)
+    @step(space=spaces, length=lengths, prot=prots, shared=st.booleans(), hint=st.none() | addresses)
     def map_anywhere(self, space, length, prot, shared, hint):
         kind = model.MAP_SHARED if shared else model.MAP_PRIVATE
         self.call(space, "mmap", length, prot, kind | model.MAP_ANONYMOUS, addr=hint)
 
-    @rule(space=spaces, addr=addresses, length=lengths)
+    @step(2, space=spaces, addr=addresses, length=lengths)
     def munmap(self, space, addr, length):
         self.call(space, "munmap", addr, length)
 
-    @rule(space=spaces, pages=st.integers(-1, 8), odd=st.sampled_from([0, 0, 1, 4095]))
+    @step(space=spaces, pages=st.integers(-1, 8), odd=st.sampled_from([0, 0, 1, 4095]))
     def brk(self, space, pages, odd):
         self.call(space, "brk", HEAP + pages * PAGE + odd)
 
-    @rule(space=spaces, file=files, addr=st.none() | addresses, readonly=st.booleans())
+    @step(space=spaces, file=files, addr=st.none() | addresses, readonly=st.booleans())
     def shmat(self, space, file, addr, readonly):
         self.call(space, "shmat", file, addr, readonly=readonly)
 
-    @rule(space=spaces, addr=addresses)
+    @step(space=spaces, addr=addresses)
     def shmdt(self, space, addr):
         self.call(space, "shmdt", addr)
 
     # --- changing
 
-    @rule(space=spaces, addr=addresses, length=lengths, prot=prots)
+    @step(3, space=spaces, addr=addresses, length=lengths, prot=prots)
     def mprotect(self, space, addr, length, prot):
         self.call(space, "mprotect", addr, length, prot)
 
-    @rule(space=spaces, addr=addresses, prots=st.tuples(prots, prots), write=st.booleans())
+    @step(2, space=spaces, addr=addresses, prots=st.tuples(prots, prots), write=st.booleans())
     def mprotect_and_back(self, space, addr, prots, write):
         for prot in prots:
             self.call(space, "mprotect", addr, PAGE, prot)
             self.call(space, "touch", addr, write=write)
 
-    @rule(space=spaces, addr=addresses, length=lengths, advice=st.sampled_from([4, 4, 4, 8, 0, 1, 2, 3, 10, 11, 14, 15, 16, 17]))
+    @step(2, space=spaces, addr=addresses, length=lengths,
+          advice=st.sampled_from([4, 4, 4, 8, 0, 1, 2, 3, 10, 11, 14, 15, 16, 17]))
     def madvise(self, space, addr, length, advice):
         self.call(space, "madvise", addr, length, advice)
 
-    @rule(space=spaces, addr=addresses, length=lengths, flags=st.sampled_from([4, 1, 0, 6, 5]))
+    @step(space=spaces, addr=addresses, length=lengths, flags=st.sampled_from([4, 1, 0, 6, 5]))
     def msync(self, space, addr, length, flags):
         self.call(space, "msync", addr, length, flags)
 
-    @rule(space=spaces, addr=addresses, old=lengths, new=lengths, move=st.booleans())
+    @step(2, space=spaces, addr=addresses, old=short_lengths, new=short_lengths, move=st.booleans())
     def resize(self, space, addr, old, new, move):
         self.call(space, "mremap", addr, old, new, model.MREMAP_MAYMOVE if move else 0)
 
-    @rule(space=spaces, addr=addresses, length=lengths, to=addresses, grow=st.sampled_from([0, 0, PAGE, -PAGE]),
+    @step(4, space=spaces, addr=addresses, length=short_lengths, to=addresses, grow=st.sampled_from([0, 0, PAGE, -PAGE]),
           flags=st.sampled_from([3, 3, 3, 2]))
     def move(self, space, addr, length, to, grow, flags):
         self.call(space, "mremap", addr, length, length + grow, flags, to)
 
-    @rule(space=spaces, call=st.sampled_from([
+    @step(space=spaces, call=st.sampled_from([
         ("mmap", 0), ("mmap", 1 << 47), ("mmap", PAGE, 3, 0x22 | FIXED, {"addr": ARENA + 1}),
         ("mmap", PAGE, 3, 0x20), ("mmap", PAGE, 3, 0x23), ("mmap", PAGE, 3, 2, {"file": ("file", 0), "offset": 1}),
         ("mmap", PAGE, 3, 0x22 | FIXED, {"addr": model.TASK_SIZE}), ("munmap", ARENA + 1, PAGE), ("munmap", ARENA, 0),
@@ -333,7 +342,7 @@ class Calls(RuleBasedStateMachine):
         ("mremap", ARENA, PAGE, PAGE, 3, ARENA + 5), ("mremap", ARENA, PAGE, PAGE, 3, model.TASK_SIZE), ("shmdt", ARENA + 1),
         ("register_ops", ("ops", 0), ARENA + 1, PAGE), ("register_ops", ("ops", 0), ARENA, 0), ("brk",), ("brk", 1),
         ("read", 0, 1), ("read", ARENA, 0), ("touch", ARENA, 0), ("mprotect", ARENA, 1, 1), ("munmap", ARENA, 1),
-("unregister_ops", ("ops", 0), ARENA + 1, PAGE),
+        ("unregister_ops", ("ops", 0), ARENA + 1, PAGE),
     ]))
     def at_the_edges(self, space, call):
         name, *args = call
@@ -342,20 +351,20 @@ class Calls(RuleBasedStateMachine):
 
     # --- access
 
-    @rule(space=spaces, addr=addresses, offset=st.integers(0, PAGE - 1), n=st.integers(1, 3 * PAGE))
+    @step(2, space=spaces, addr=addresses, offset=st.integers(0, PAGE - 1), n=st.integers(1, 3 * PAGE))
     def read(self, space, addr, offset, n):
         self.call(space, "read", plus(addr, offset), n)
 
-    @rule(space=spaces, addr=addresses, offset=st.integers(0, PAGE - 1), byte=st.integers(1, 255),
+    @step(4, space=spaces, addr=addresses, offset=st.integers(0, PAGE - 1), byte=st.integers(1, 255),
           n=st.integers(1, 3 * PAGE))
     def write(self, space, addr, offset, byte, n):
         self.call(space, "write", plus(addr, offset), bytes([byte]) * n)
 
-    @rule(space=spaces, addr=addresses, length=lengths, write=st.booleans(), offset=st.sampled_from([0, 0, 5]))
+    @step(3, space=spaces, addr=addresses, length=lengths, write=st.booleans(), offset=st.sampled_from([0, 0, 5]))
     def touch(self, space, addr, length, write, offset):
         self.call(space, "touch", plus(addr, offset), length, write=write)
 
-    @rule(file=files, offset=st.integers(0, 50), data=st.binary(min_size=1, max_size=8))
+    @step(file=files, offset=st.integers(0, 50), data=st.binary(min_size=1, max_size=8))
     def write_file(self, file, offset, data):
         size = FILE_SIZES[file[1]]
         offset = offset * PAGE // 10 % size
@@ -363,59 +372,79 @@ class Calls(RuleBasedStateMachine):
 
     # --- processes and ops
 
-    @precondition(lambda self: len(self.program.alive) < SPACES)
-    @rule(space=spaces)
+    @step(2, space=spaces)
     def fork(self, space):
-        self.call(space, "fork")
+        if len(self.alive) < SPACES:
+            self.call(space, "fork")
 
-    @precondition(lambda self: len(self.program.alive) < 3)
-    @rule()
-    def new(self):
-        self.call(0, "new")
-
-    @precondition(lambda self: len(self.program.alive) > 1 or len(self.calls) % 8 == 0)
-    @rule(space=spaces)
+    @step(space=spaces)
     def exit(self, space):
         self.call(space, "exit")
-        if not self.program.alive:
+        if len(self.alive) < 2:
             self.call(0, "new")
 
-    @rule(space=spaces, ops=all_ops)
+    @step(2, space=spaces, ops=all_ops)
     def register(self, space, ops):
         self.call(space, "register_ops", ops)
 
-    @rule(space=spaces, ops=all_ops, addr=addresses, length=lengths)
+    @step(3, space=spaces, ops=all_ops, addr=addresses, length=lengths)
     def register_range(self, space, ops, addr, length):
         self.call(space, "register_ops", ops, addr, length)
 
-    @rule(space=spaces, ops=all_ops)
+    @step(space=spaces, ops=all_ops)
     def unregister(self, space, ops):
         self.call(space, "unregister_ops", ops)
 
-    @rule(space=spaces, ops=all_ops, addr=addresses, length=lengths)
+    @step(2, space=spaces, ops=all_ops, addr=addresses, length=lengths)
     def unregister_range(self, space, ops, addr, length):
         self.call(space, "unregister_ops", ops, addr, length)
 
     # --- a little to start from, and the end
 
-    @initialize(both=st.booleans(), write=st.booleans(), forks=st.integers(0, 2))
-    def start(self, both, write, forks):
+    def start(self, ops, write, forks):
         self.call(0, "mmap", 12 * PAGE, 3, 0x22 | FIXED, addr=ARENA + 2 * PAGE)
         if write:
             self.call(0, "write", ARENA + 3 * PAGE, b"f" * (5 * PAGE))
-        if both:
+        if ops:
             self.call(0, "register_ops", ("ops", 1))
             self.call(0, "register_ops", ("ops", 0), ARENA + 4 * PAGE, 6 * PAGE)
         for _ in range(forks):
             self.call(0, "fork")
 
-    def teardown(self):
+    def end(self):
         """Read everything readable, then end everything: contents are the same, and no frame is left."""
-        if self.failed is self.calls:
-            return
-        for space, number in enumerate(self.program.alive):
-            for vma in self.program.sides[0].spaces[number].vmas():
+        for space, number in enumerate(self.alive):
+            for vma in self.run.sides[0].spaces[number].vmas():
                 if vma.prot:
                     self.call(space, "read", vma.start, vma.end - vma.start)
-        for _ in self.program.alive:
+        for _ in self.alive:
             self.call(0, "exit")
+
+
+def failure(implementations, limits, examples, seed_):
+    """Run random programs. None, or the listing of the smallest one found on which the implementations differ."""
+    failed = []
+
+    @seed(seed_)
+    @settings(max_examples=examples, deadline=None, database=None, phases=[Phase.generate],
+              suppress_health_check=list(HealthCheck))
+    @given(begin=st.fixed_dictionaries({"ops": st.booleans(), "write": st.booleans(), "forks": st.integers(0, 2)}),
+           steps=st.lists(st.one_of(STEPS), min_size=30, max_size=50))
+    def search(begin, steps):
+        program = Program(implementations, limits)
+        try:
+            program.start(**begin)
+            for method, arguments in steps:
+                method(program, **arguments)
+            program.end()
+        except Exception:
+            failed[:] = program.calls
+            raise
+
+    try:
+        search()
+    except Exception:
+        if not failed:
+            raise
+        return f"seed {seed_}\n" + (smallest(implementations, limits, failed) or "it passed when run again")
+    return None

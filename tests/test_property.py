@@ -6,16 +6,13 @@ The report of a failure is the smallest program found that fails, with what the 
 import os
 import random
 
-import hypothesis
 import pytest
-from hypothesis import HealthCheck, Phase, settings
-from hypothesis.stateful import run_state_machine_as_test
 
 import ioproc
 import model
-from sequences import PAGE, Calls, Run, smallest
+from sequences import PAGE, Run, failure
 
-EXAMPLES = int(os.environ.get("IOPROC_EXAMPLES", 200))
+EXAMPLES = int(os.environ.get("IOPROC_EXAMPLES", 400))
 SEED = int(os.environ.get("IOPROC_SEED", random.randrange(2**32)))
 
 CASES = {       # share of the examples, and the limits of the machine
@@ -30,19 +27,9 @@ CASES = {       # share of the examples, and the limits of the machine
 @pytest.mark.parametrize("case", CASES)
 def test_random_programs(case):
     share, limits = CASES[case]
-    machine = type("Machine", (Calls,), {"implementations": (model, ioproc), "limits": limits})
-    hypothesis.seed(SEED)(machine)      # where run_state_machine_as_test looks for it
-    try:
-        run_state_machine_as_test(machine, settings=settings(
-            max_examples=max(1, int(EXAMPLES * share)), stateful_step_count=40, deadline=None, database=None,
-            phases=[Phase.generate], suppress_health_check=list(HealthCheck)))
-    except Exception:
-        if not machine.failed:
-            raise
-        program = smallest(machine.implementations, limits, machine.failed)
-    else:
-        return
-    pytest.fail(f"IOPROC_SEED={SEED}\n{program}", pytrace=False)
+    found = failure((model, ioproc), limits, max(1, int(EXAMPLES * share)), SEED)
+    if found:
+        pytest.fail(f"IOPROC_{found.replace('seed ', 'SEED=', 1)}", pytrace=False)
 
 
 A, H = 0x10000000, 0x10010000       # the arena, and where brk starts in it

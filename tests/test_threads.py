@@ -1,6 +1,7 @@
 """Several threads on the same objects: no callback after unregistering, no deadlock, nothing lost."""
 import faulthandler
 import random
+import sys
 import threading
 import time
 
@@ -15,7 +16,7 @@ SECONDS = 1.5                       # per stress test
 @pytest.fixture(autouse=True)
 def no_deadlock():
     """All stacks, and the end of the run, rather than a hang."""
-    faulthandler.dump_traceback_later(120, exit=True)
+    faulthandler.dump_traceback_later(120, exit=True, file=sys.__stderr__)
     yield
     faulthandler.cancel_dump_traceback_later()
 
