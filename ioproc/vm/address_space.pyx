@@ -605,13 +605,14 @@ cdef class AddressSpace:
         cdef void *outer = thread_inside()
         cdef PyObject *outer_raised = thread_raised()
         cdef dict owners = self.owners          # let go of without the lock
-        if self.mm == NULL or self.mm.dead:
+        if self.mm == NULL:
             return 0
         thread_set_raised(NULL)
         self.lock()
         thread_set_inside(self.mm)
-        with nogil:
-            mm_teardown(self.mm)
+        if not self.mm.dead:
+            with nogil:
+                mm_teardown(self.mm)
         self.owners = None
         thread_set_inside(outer)
         mm_unlock(self.mm)
@@ -619,7 +620,8 @@ cdef class AddressSpace:
             raise_pending()
         finally:
             thread_set_raised(outer_raised)
-            owners.clear()
+            if owners is not None:
+                owners.clear()
         return 0
 
     def __enter__(self):
@@ -662,7 +664,7 @@ cdef class AddressSpace:
         cdef u64 bytes_ = 0
         cdef bint whole = addr is None
         cdef int error
-        cdef list gone = []
+        cdef list gone = []             # ends after the lock
         cdef dict owners = self.owners
         cdef Attached *record
         cdef Attached *next
