@@ -883,7 +883,7 @@ class AddressSpace:
                 hole = True
             if flags & MS_INVALIDATE and vma.flags & Flag.LOCKED:
                 fail(errno.EBUSY)
-            if vma.flags & Flag.SHARED:
+            if vma.flags & Flag.MAYSHARE:       # even attached for reading only
                 self._fire("sync_range", vma, max(at, vma.start), min(end, vma.end))
             at = vma.end
         if hole:

@@ -15,7 +15,7 @@ export IOPROC_SANITIZE=${IOPROC_SANITIZE:-1}
 
 tree=$(mktemp -d)
 trap 'rm -rf "$tree"' EXIT
-for item in setup.py pyproject.toml conftest.py README.md LICENSE ioproc tests examples; do
+for item in setup.py pyproject.toml conftest.py README.md LICENSE ioproc tests examples benchmarks docs; do
     [ ! -e $item ] || cp -r $item "$tree"
 done
 cd "$tree"

@@ -44,6 +44,8 @@ ONCE_WRONG = {      # programs on which the two did not agree, or which are hard
     "release order after leaving the address space's chain": [
         (0, "mmap", PAGE, 3, 0x32, {"addr": A}), (0, "register_ops", ("ops", 1)), (0, "register_ops", ("ops", 0), A, PAGE),
         (0, "register_ops", ("ops", 1), A, PAGE), (0, "unregister_ops", ("ops", 1)), (0, "exit")],
+    "msync of a segment attached for reading": [
+        (0, "register_ops", ("ops", 0)), (0, "shmat", ("file", 0), A, {"readonly": True}), (0, "msync", A, PAGE)],
     "a child's pages beside new memory": [
         (0, "mmap", 4 * PAGE, 3, 0x32, {"addr": A}), (0, "write", A, bytes(4 * PAGE)), (0, "fork"),
         (1, "mmap", PAGE, 3, 0x32, {"addr": A + 4 * PAGE}), (1, "madvise", A + 4 * PAGE, PAGE, 1),

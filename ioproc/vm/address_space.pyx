@@ -156,12 +156,9 @@ cdef void pagemap_fill(MM *mm, u64 start, u64 pages, PageRow *rows) noexcept nog
     cdef Table *leaf
     cdef PageRow *row
     while True:
-        leaf = leaf_next(mm.root, &addr, end)
+        leaf = leaf_next(mm.root, &addr, end, &stop)
         if leaf == NULL:
             return
-        stop = leaf_end(addr)
-        if stop > end:
-            stop = end
         while addr < stop:
             pte = leaf.entry[table_index(addr, 0)]
             if pte:
@@ -510,7 +507,7 @@ cdef class AddressSpace:
         data = result
         self.enter()
         with nogil:
-            why = mm_read(self.mm, at, data, count, &completed)
+            why = mm_copy(self.mm, at, data, count, False, &completed)
         self.leave()
         access_error(why, at + completed, completed)
         return result
@@ -526,7 +523,7 @@ cdef class AddressSpace:
         self.enter()
         if count:
             with nogil:
-                why = mm_write(self.mm, at, <const char *> &source[0], count, &completed)
+                why = mm_copy(self.mm, at, <char *> &source[0], count, True, &completed)
         self.leave()
         access_error(why, at + completed, completed)
 
@@ -784,51 +781,36 @@ cdef class AddressSpace:
         return f"<ioproc.AddressSpace at {<size_t> mm:#x}: {state}>"
 
 
-cdef int mm_read(MM *mm, u64 addr, char *data, u64 count, u64 *completed) noexcept nogil:
+cdef int mm_copy(MM *mm, u64 addr, char *data, u64 count, bint write, u64 *completed) noexcept nogil:
+    """Read memory into `data` or write it from there."""
     cdef FrameBatch batch
-    cdef u64 part
+    cdef u64 part, offset
     cdef u64 *pte
     cdef char *contents
     cdef int why = ACCESS_OK
     batch_begin(&batch, mm.mem, (count >> PAGE_SHIFT) + 2)
     while completed[0] < count:
-        part = PAGE_SIZE - (addr & (PAGE_SIZE - 1))
+        offset = addr & (PAGE_SIZE - 1)
+        part = PAGE_SIZE - offset
         if part > count - completed[0]:
             part = count - completed[0]
-        why = access_page(mm, addr, False, &batch, &pte)
+        why = access_page(mm, addr, write, &batch, &pte)
         if why:
             break
-        contents = NULL if pte[0] & PTE_ZERO else frame_at(mm.mem, pte_pfn(pte[0])).contents
-        if contents != NULL:
-            memcpy(data + completed[0], contents + (addr & (PAGE_SIZE - 1)), part)
+        if write:
+            contents = frame_contents(mm.mem, pte_pfn(pte[0]))
+            if contents == NULL:
+                why = ACCESS_OOM
+                break
+            memcpy(contents + offset, data, part)
         else:
-            memset(data + completed[0], 0, part)
+            contents = NULL if pte[0] & PTE_ZERO else frame_at(mm.mem, pte_pfn(pte[0])).contents
+            if contents != NULL:
+                memcpy(data, contents + offset, part)
+            else:
+                memset(data, 0, part)
         addr += part
-        completed[0] += part
-    batch_end(&batch)
-    return why
-
-
-cdef int mm_write(MM *mm, u64 addr, const char *data, u64 count, u64 *completed) noexcept nogil:
-    cdef FrameBatch batch
-    cdef u64 part
-    cdef u64 *pte
-    cdef char *contents
-    cdef int why = ACCESS_OK
-    batch_begin(&batch, mm.mem, (count >> PAGE_SHIFT) + 2)
-    while completed[0] < count:
-        part = PAGE_SIZE - (addr & (PAGE_SIZE - 1))
-        if part > count - completed[0]:
-            part = count - completed[0]
-        why = access_page(mm, addr, True, &batch, &pte)
-        if why:
-            break
-        contents = frame_contents(mm.mem, pte_pfn(pte[0]))
-        if contents == NULL:
-            why = ACCESS_OOM
-            break
-        memcpy(contents + (addr & (PAGE_SIZE - 1)), data + completed[0], part)
-        addr += part
+        data += part
         completed[0] += part
     batch_end(&batch)
     return why

@@ -65,11 +65,11 @@ cdef const char *vmas_broken(MM *mm) noexcept nogil:
 cdef const char *tables_broken(MM *mm, u32 *mapped) noexcept nogil:
     """Counts each frame's entries into mapped[], if that is not NULL."""
     cdef u64 addr = 0
-    cdef u64 used, i, pte, rss = 0
+    cdef u64 used, i, pte, stop, rss = 0
     cdef const VMArea *vma = mm.first
     cdef Table *leaf
     while True:
-        leaf = leaf_next(mm.root, &addr, TASK_SIZE)
+        leaf = leaf_next(mm.root, &addr, TASK_SIZE, &stop)
         if leaf == NULL:
             break
         used = 0
@@ -91,7 +91,7 @@ cdef const char *tables_broken(MM *mm, u32 *mapped) noexcept nogil:
                         mapped[pte_pfn(pte)] += 1
         if used == 0 or used != leaf.used:
             return "entries of a table"
-        addr = leaf_end(addr)
+        addr = stop
     if rss != mm.rss:
         return "rss"
     return NULL

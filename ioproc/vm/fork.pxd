@@ -5,7 +5,7 @@ from ioproc.vm.fire cimport fire_page
 from ioproc.vm.frames cimport frame_at, frame_map_again
 from ioproc.vm.mm cimport (
     MM, PAGE_SIZE, PTE_EXCLUSIVE, PTE_WRITE, PTE_YOUNG, PTE_ZERO, Memory, Table, VMArea, HOOKED)
-from ioproc.vm.page_table cimport leaf_drop, leaf_end, leaf_make, leaf_next, table_index
+from ioproc.vm.page_table cimport leaf_drop, leaf_make, leaf_next, table_index
 
 
 cdef inline bint fork_range(MM *parent, MM *child, VMArea *vma) noexcept nogil:
@@ -20,12 +20,9 @@ cdef inline bint fork_range(MM *parent, MM *child, VMArea *vma) noexcept nogil:
     cdef Table *leaf
     cdef Table *copy
     while True:
-        leaf = leaf_next(parent.root, &addr, vma.end)
+        leaf = leaf_next(parent.root, &addr, vma.end, &stop)
         if leaf == NULL:
             return True
-        stop = leaf_end(addr)
-        if stop > vma.end:
-            stop = vma.end
         copy = leaf_make(child.root, addr)
         if unlikely(copy == NULL):
             return False

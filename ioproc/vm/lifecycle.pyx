@@ -23,16 +23,17 @@ cdef void file_free(FileCache *file) noexcept nogil:
     cdef FrameBatch batch
     cdef Table *leaf
     cdef u64 addr = 0
+    cdef u64 stop
     cdef u64 i
     batch_begin(&batch, mem, 0)
     while True:
-        leaf = leaf_next(file.pages, &addr, 1ULL << 48)
+        leaf = leaf_next(file.pages, &addr, 1ULL << 48, &stop)
         if leaf == NULL:
             break
         for i in range(512):
             if leaf.entry[i]:
                 batch_free(&batch, leaf.entry[i])
-        addr = leaf_end(addr)
+        addr = stop
     batch_end(&batch)
     # whoever found the file by a frame's owner did so under this lock: wait for him
     pthread_mutex_lock(&mem.lock)

@@ -76,8 +76,11 @@ cdef inline Table *leaf_make(Table *root, u64 addr) noexcept nogil:
     return leaf
 
 
-cdef inline Table *leaf_next(const Table *root, u64 *addr, u64 end) noexcept nogil:
-    """The first leaf at or after *addr and below `end`; *addr moves up to where it begins, if it moves."""
+cdef inline Table *leaf_next(const Table *root, u64 *addr, u64 end, u64 *stop) noexcept nogil:
+    """
+    The first leaf at or after *addr and below `end`, or NULL; *addr moves up to where it begins, if it moves.  *stop: where
+    its part of the range ends.
+    """
     cdef const Table *table
     cdef int level
     while addr[0] < end:
@@ -89,6 +92,7 @@ cdef inline Table *leaf_next(const Table *root, u64 *addr, u64 end) noexcept nog
                 break
             level -= 1
         if level == 0:
+            stop[0] = leaf_end(addr[0]) if leaf_end(addr[0]) < end else end
             return <Table *> table
         # nothing in this entry of `level`: on to the next one
         addr[0] = ((addr[0] >> (PAGE_SHIFT + 9 * level)) + 1) << (PAGE_SHIFT + 9 * level)

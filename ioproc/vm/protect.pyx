@@ -185,8 +185,7 @@ cdef int mm_msync(MM *mm, u64 start, u64 length, int flags) noexcept nogil:
         if flags & MS_INVALIDATE and vma.flags & VM_LOCKED:
             return -EBUSY
         stop = vma.end if vma.end < end else end
-        # a file that can only be read has nothing to write back
-        if vma.flags & VM_SHARED and vma.flags & VM_MAYWRITE:
+        if vma.flags & VM_SHARED:
             fire_range(mm, SYNC_RANGE, vma, start, stop)
         start = stop
     return result

@@ -4,7 +4,7 @@ from ioproc.vm.frames cimport FrameBatch, frame_unmap
 from ioproc.vm.mm cimport (
     MM, PAGE_SIZE, PTE_DIRTY, PTE_EXCLUSIVE, PTE_PRESENT, PTE_USER, PTE_WRITE, PTE_YOUNG, PTE_ZERO, VM_ACCESS, VM_SHARED,
     VM_WRITE, Table, VMArea)
-from ioproc.vm.page_table cimport leaf_drop, leaf_end, leaf_find, leaf_make, leaf_next, pte_set, table_index
+from ioproc.vm.page_table cimport leaf_drop, leaf_find, leaf_make, leaf_next, pte_set, table_index
 
 
 cdef inline void zap_range(MM *mm, u64 start, u64 end, FrameBatch *batch) noexcept nogil:
@@ -13,13 +13,10 @@ cdef inline void zap_range(MM *mm, u64 start, u64 end, FrameBatch *batch) noexce
     cdef u64 begin, stop, pte, i, cleared, frames
     cdef Table *leaf
     while True:
-        leaf = leaf_next(mm.root, &addr, end)
+        leaf = leaf_next(mm.root, &addr, end, &stop)
         if leaf == NULL:
             return
         begin = addr
-        stop = leaf_end(addr)
-        if stop > end:
-            stop = end
         cleared = 0
         frames = 0
         for i in range(table_index(addr, 0), table_index(addr, 0) + ((stop - addr) >> 12)):
@@ -49,12 +46,9 @@ cdef inline void protect_range(MM *mm, VMArea *vma, u64 start, u64 end) noexcept
     cdef u64 exclusive = 0 if vma.flags & VM_SHARED else PTE_EXCLUSIVE
     cdef Table *leaf
     while True:
-        leaf = leaf_next(mm.root, &addr, end)
+        leaf = leaf_next(mm.root, &addr, end, &stop)
         if leaf == NULL:
             return
-        stop = leaf_end(addr)
-        if stop > end:
-            stop = end
         for i in range(table_index(addr, 0), table_index(addr, 0) + ((stop - addr) >> 12)):
             pte = leaf.entry[i]
             if pte & PTE_PRESENT:
@@ -68,27 +62,27 @@ cdef inline void protect_range(MM *mm, VMArea *vma, u64 start, u64 end) noexcept
 cdef inline void drop_empty_tables(MM *mm, u64 start, u64 length) noexcept nogil:
     """What a move left empty, where it came from or where it went."""
     cdef u64 addr = start
+    cdef u64 stop
     cdef Table *leaf
     while True:
-        leaf = leaf_next(mm.root, &addr, start + length)
+        leaf = leaf_next(mm.root, &addr, start + length, &stop)
         if leaf == NULL:
             return
         if leaf.used == 0:
             leaf_drop(mm.root, addr)
-        addr = leaf_end(addr)
+        addr = stop
 
 
 cdef inline bint move_prepare(MM *mm, u64 old, u64 new, u64 length) noexcept nogil:
     """Make the tables that `move_range` needs.  False: no memory, nothing changed."""
     cdef u64 addr = old
-    cdef u64 last
-    while leaf_next(mm.root, &addr, old + length) != NULL:
-        last = leaf_end(addr) if leaf_end(addr) < old + length else old + length
+    cdef u64 stop
+    while leaf_next(mm.root, &addr, old + length, &stop) != NULL:
         # a source table straddles two at most
-        if leaf_make(mm.root, addr - old + new) == NULL or leaf_make(mm.root, last - PAGE_SIZE - old + new) == NULL:
+        if leaf_make(mm.root, addr - old + new) == NULL or leaf_make(mm.root, stop - PAGE_SIZE - old + new) == NULL:
             drop_empty_tables(mm, new, length)
             return False
-        addr = last
+        addr = stop
     return True
 
 
@@ -98,10 +92,9 @@ cdef inline void move_range(MM *mm, u64 old, u64 new, u64 length) noexcept nogil
     cdef u64 stop, i, to
     cdef Table *leaf
     while True:
-        leaf = leaf_next(mm.root, &addr, old + length)
+        leaf = leaf_next(mm.root, &addr, old + length, &stop)
         if leaf == NULL:
             break
-        stop = leaf_end(addr) if leaf_end(addr) < old + length else old + length
         while addr < stop:
             i = table_index(addr, 0)
             if leaf.entry[i]:
@@ -121,12 +114,9 @@ cdef inline void age_range(MM *mm, u64 start, u64 end) noexcept nogil:
     cdef u64 stop, pte, i
     cdef Table *leaf
     while True:
-        leaf = leaf_next(mm.root, &addr, end)
+        leaf = leaf_next(mm.root, &addr, end, &stop)
         if leaf == NULL:
             return
-        stop = leaf_end(addr)
-        if stop > end:
-            stop = end
         for i in range(table_index(addr, 0), table_index(addr, 0) + ((stop - addr) >> 12)):
             pte = leaf.entry[i]
             if pte & PTE_PRESENT and not pte & PTE_ZERO:
