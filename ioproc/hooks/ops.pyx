@@ -115,9 +115,6 @@ cdef void route_wrprotect_page(void *arg, const ioproc_vma *vma, u64 addr) noexc
 
 cdef class Ops:
     """
-    Ops(native=None, *, name=None, release=None, sync_range=None, invalidate_range=None, update_range=None,
-        change_protection=None, sync_page=None, invalidate_page=None, update_page=None, wrprotect_page=None)
-
     The callbacks of one device: what ``AddressSpace.register_ops`` attaches.
 
     Parameters
@@ -310,8 +307,6 @@ cdef void count_wrprotect_page(void *arg, const ioproc_vma *vma, u64 addr) noexc
 
 cdef class CountingOps(Ops):
     """
-    CountingOps(name=None)
-
     Native ops that count their calls: the cheapest device there is, and the way to count every hook of an address space.
 
     The counts are exact on one address space; on several at once, from several threads, register one object on each.

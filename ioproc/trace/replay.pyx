@@ -1,4 +1,5 @@
 # Replay: a recorded history drives one address space per process, in one call without the GIL.
+from cpython.exc cimport PyErr_CheckSignals
 from ioproc.trace.regions cimport Regions, regions_above, regions_add, regions_overlap, regions_remove
 
 cdef packed struct Event:       # the dtype EVENT of trace/format.py
@@ -75,6 +76,7 @@ cdef struct Process:
     Process *next               # same hash bucket
 
 cdef enum:
+    SIGNALS_EVERY = 1 << 20     # events
     BUCKETS = 1024
     NOTED = 64
 
@@ -574,6 +576,9 @@ cdef int replay_run(Replay *replay) noexcept nogil:
         if error:
             return error
         replay.at += 1
+        if replay.at % SIGNALS_EVERY == 0:
+            with gil:
+                (<Player> replay.face).signals()
         if thread_raised() != NULL:
             return 1
     return 0
@@ -612,6 +617,7 @@ cdef class Player:
 
     cdef bint own(self, MM *mm) noexcept:
         cdef AddressSpace face
+        self.signals()
         try:
             face = AddressSpace.__new__(AddressSpace, self.mem)
             self.spaces[<size_t> mm] = face
@@ -622,7 +628,15 @@ cdef class Player:
         return True
 
     cdef void disown(self, MM *mm) noexcept:
+        self.signals()
         self.spaces.pop(<size_t> mm, None)
+
+    cdef void signals(self) noexcept:
+        """Ctrl-C stops the replay.  Asked before Python code runs that would swallow it, as a weak reference's callback does."""
+        try:
+            PyErr_CheckSignals()
+        except BaseException as exception:
+            callback_raised(exception)
 
     def run(self, events, plan):
         """All events; the processes that are left at the end stay as they are, for `finish` to count and end."""
@@ -645,14 +659,15 @@ cdef class Player:
                 PyBuffer_Release(&plan_view)
         finally:
             PyBuffer_Release(&event_view)
-        out_of_memory = MemoryError(f"replay stopped in event {self.replay.at}: out of frames or memory")
+        out_of_memory = MemoryError(f"replay stopped in event {self.replay.at}: out of frames (more: frames=) or of memory")
         try:
             raise_pending()
         except BaseException as exception:
-            if stopped < 0:
+            if stopped < 0 and isinstance(exception, Exception):
                 raise out_of_memory from exception
-            exception.add_note(f"raised by a callback in event {self.replay.at - 1} of the replay" if stopped else
-                               "raised by a callback when the processes left at the end of the history exited")
+            if isinstance(exception, Exception):        # and not Ctrl-C
+                exception.add_note(f"raised by a callback in event {self.replay.at - 1} of the replay" if stopped else
+                                   "raised by a callback when the processes left at the end of the history exited")
             raise
         if stopped < 0:
             raise out_of_memory

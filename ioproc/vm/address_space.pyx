@@ -198,8 +198,6 @@ cdef object syscall_error(i64 result, str what):
 
 cdef class AddressSpace:
     """
-    AddressSpace(mem, *, max_map_count=65530, start_brk=0x555555756000, rlimits=None)
-
     One process's memory: VMAs, page tables, and the ops chains that are told of their changes.
 
     System calls behave as Linux on x86-64: results, errno, VMA boundaries and partial effects are the running kernel's.

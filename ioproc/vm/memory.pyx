@@ -34,8 +34,6 @@ cdef int as_int(object value, str name) except? -0x7ffffff1:
 
 cdef class PhysicalMemory:
     """
-    PhysicalMemory(frames=65536)
-
     Frames of 4096 bytes that address spaces and files take their pages from, and the shared zero page beside them.
 
     Parameters
@@ -181,8 +179,6 @@ cdef object faces = WeakValueDictionary()       # File by the address of its Fil
 @cython.no_gc_clear             # its end needs `mem`
 cdef class File:
     """
-    File(mem, size)
-
     A file with a page cache, as one in tmpfs: zeros at first, no disk below.
 
     Parameters
