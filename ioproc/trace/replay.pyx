@@ -88,6 +88,7 @@ cdef struct Replay:
     u64 planned
     u64 next_planned
     Memory *mem
+    FrameBatch batch            # kept over a run of faults: the pool's lock once for many
     FileCache **files
     int nfiles
     const ioproc_ops *device    # the caller's ops, or NULL
@@ -328,7 +329,6 @@ cdef int replay_fault(Replay *replay, Space *space, const Event *event, bint *ou
     cdef u64 addr = event.addr & PAGE_MASK
     cdef VMArea *vma = vma_at(mm, addr)
     cdef Table *leaf
-    cdef FrameBatch batch
     cdef bint write = event.access == 2
     cdef u64 *pte
     cdef int why
@@ -344,9 +344,8 @@ cdef int replay_fault(Replay *replay, Space *space, const Event *event, bint *ou
         pte = &leaf.entry[table_index(addr, 0)]
         if pte_allows(pte[0], write):
             return PRESENT
-    batch_begin(&batch, mm.mem, 1)
-    why = fault(mm, vma, addr, &leaf, write, &batch)
-    batch_end(&batch)
+    replay.batch.wanted = BATCH
+    why = fault(mm, vma, addr, &leaf, write, &replay.batch)
     if why == ACCESS_OOM:
         out_of_memory[0] = True
     return BEYOND if why == ACCESS_BUS else AGREES
@@ -532,6 +531,8 @@ cdef int replay_step(Replay *replay, const Event *event) noexcept nogil:
     cdef u64 vmas
     cdef MM *mm
     cdef int op = event.op
+    if op != OP_FAULT:
+        batch_end(&replay.batch)
     if process == NULL:
         process = process_add(replay, event.pid)
         if process == NULL:
@@ -600,6 +601,7 @@ cdef class Player:
         self.spaces = {}
         self.ops = ops
         self.replay.mem = mem.mem
+        batch_begin(&self.replay.batch, mem.mem, 0)
         self.replay.face = <void *> self
         self.replay.placement = placement
         if ops is not None:
@@ -654,6 +656,7 @@ cdef class Player:
                 self.replay.planned = plan_view.len // sizeof(Registration)
                 with nogil:
                     stopped = replay_run(&self.replay)
+                    batch_end(&self.replay.batch)
                     replay_end(&self.replay)
             finally:
                 PyBuffer_Release(&plan_view)

@@ -1,6 +1,11 @@
 # The beginning and end of address spaces, files and physical memory; fork.
 from libc.stdint cimport UINT64_MAX
 
+cdef extern from "<sys/mman.h>" nogil:
+    int madvise(void *addr, size_t length, int advice)
+    enum:
+        HOST_MADV_HUGEPAGE "MADV_HUGEPAGE"
+
 
 cdef FileCache *file_new(Memory *mem, u64 size) noexcept nogil:
     """With one reference for the caller; NULL: no memory."""
@@ -69,6 +74,9 @@ cdef Memory *memory_new(u64 frames) noexcept nogil:
         free(mem.returned)
         free(mem)
         return NULL
+    # a big one is filled by long runs of faults: huge pages save the host's own
+    if frames * sizeof(Frame) >= 64 << 20:
+        madvise(<void *> page_align(<u64> mem.frames), (frames - 256) * sizeof(Frame) & PAGE_MASK, HOST_MADV_HUGEPAGE)
     mem.nframes = frames
     mem.nfree = frames
     mem.fresh = 1
