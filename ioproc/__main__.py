@@ -15,11 +15,14 @@ from pathlib import Path
 
 import numpy as np
 
+from . import __version__
 from .trace import PLACEMENTS, Trace, TraceError, choose, import_recording, record, replay
 from .trace.format import Op
 from .trace.record import RecordError
+from .trace.source import output_path
 
 USAGE, UNREADABLE = 2, 3
+OUTPUT = "history to write: compressed if it ends in .xz, .gz or .zst, else a plain file"
 SHOWN = 10          # of the events that differ
 
 
@@ -36,12 +39,20 @@ def main(arguments=None):
     except MemoryError as error:
         return _fail(error, UNREADABLE)
     except BrokenPipeError:     # whoever read our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 0
     except OSError as error:
-        return _fail(f"{error.filename or ''}: {error.strerror}", USAGE)
+        if error.filename is None and options.command in ("info", "replay"):
+            _drop_output()
+        name = error.filename or ("standard output" if options.command in ("info", "replay") else options.command)
+        return _fail(f"{name}: {error.strerror or error}", USAGE)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
+
+
+def _drop_output():
+    """What is still buffered cannot be written, and would fail once more when Python exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message, status):
@@ -51,10 +62,12 @@ def _fail(message, status):
 
 def _parser():
     parser = argparse.ArgumentParser("python -m ioproc", description="Memory histories of real programs.")
+    parser.add_argument("--version", action="version", version=f"ioproc {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     command = commands.add_parser("record", help="run a command under strace and perf")
-    command.add_argument("-o", "--output", required=True, type=Path, help="history to write (.xz, .gz, .zst)")
+    command.add_argument("-o", "--output", required=True, type=Path, help=OUTPUT)
+    command.add_argument("--character", metavar="WORD", help="what kind of program it is, such as static or forking")
     command.add_argument("--comm", type=Path, help="communication to add, which the command may write")
     command.add_argument("--keep", type=Path, metavar="DIR", help="keep what strace and perf wrote")
     command.add_argument("--untraced-runs", type=_count, default=3, metavar="N",
@@ -63,9 +76,12 @@ def _parser():
     command.set_defaults(run=_record)
 
     command = commands.add_parser("import", help="make a history of what strace and perf wrote")
-    command.add_argument("-o", "--output", required=True, type=Path, help="history to write (.xz, .gz, .zst)")
-    command.add_argument("--strace", required=True, type=Path, help="output of strace -f -ttt -T -X raw")
-    command.add_argument("--perf", type=Path, help="output of perf script --ns -F pid,tid,time,addr,ip")
+    command.add_argument("-o", "--output", required=True, type=Path, help=OUTPUT)
+    command.add_argument("--character", metavar="WORD", help="what kind of program it is, such as static or forking")
+    command.add_argument("--strace", required=True, type=Path,
+                         help="output of strace -f -y -ttt -T -X raw; without -y, files are inferred")
+    command.add_argument("--perf", type=Path, help="output of perf script --ns -F pid,tid,time,addr,ip --show-mmap-events; "
+                         "without --show-mmap-events, what execve maps is inferred")
     command.add_argument("--comm", type=Path, help="communication: time,tid,address,length,direction")
     command.add_argument("--lenient", action="store_true", help="skip and count broken lines")
     command.add_argument("--set", action="append", default=[], type=_setting, metavar="NAME=VALUE",
@@ -82,16 +98,19 @@ def _parser():
     command.add_argument("--placement", choices=PLACEMENTS, default="none", help="where a device registers (default none)")
     command.add_argument("--share", type=_share, metavar="S",
                          help="of the writable anonymous memory communicates, 0 to 1 (default: what the history tells)")
-    command.add_argument("--kind", choices=("mappings", "buffers"), default="mappings",
+    command.add_argument("--kind", choices=("mappings", "buffers"),
                          help="how it is chosen (default mappings)")
-    command.add_argument("--seed", type=_count, default=0, metavar="N", help="of the choice (default 0)")
+    command.add_argument("--seed", type=_count, metavar="N", help="of the choice (default 0)")
     command.add_argument("--json", action="store_true", help="machine-readable")
     command.set_defaults(run=_replay)
     return parser
 
 
 def _count(text):
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError("must be a whole number") from None
     if value < 0:
         raise argparse.ArgumentTypeError("must not be negative")
     return value
@@ -123,8 +142,13 @@ def _setting(text):
 
 
 def _writable(path):
-    if path.is_dir() or not path.parent.is_dir():
-        raise RecordError(f"cannot write {path}")
+    """Before the work, not after it."""
+    try:
+        output_path(path)
+    except OSError as error:
+        raise RecordError(f"cannot write {path}: {error.strerror}") from None
+    except TraceError as error:
+        raise RecordError(f"cannot write {path}: {error.reason}") from None
 
 
 def _record(options):
@@ -133,14 +157,24 @@ def _record(options):
         raise RecordError("no command given")
     _writable(options.output)
     trace = record(program, untraced_runs=options.untraced_runs, comm=options.comm, keep=options.keep)
-    trace.save(options.output)
-    return _report(trace, options.output)
+    status = trace.metadata.get("status")
+    if status:
+        print(f"ioproc: the command ended with {f'status {status}' if status > 0 else f'signal {-status}'}", file=sys.stderr)
+    return _saved(trace, options)
 
 
 def _import(options):
     _writable(options.output)
     trace = import_recording(options.strace, options.perf, lenient=options.lenient, comm=options.comm,
                              metadata=dict(options.set))
+    if options.perf is None:
+        print("ioproc: no page faults: only mappings are replayed", file=sys.stderr)
+    return _saved(trace, options)
+
+
+def _saved(trace, options):
+    if options.character is not None:
+        trace.metadata["character"] = options.character
     trace.save(options.output)
     return _report(trace, options.output)
 
@@ -163,7 +197,7 @@ def _info(options):
     if options.json:
         print(json.dumps({**summary, "files": len(trace.metadata["files"]), "metadata": metadata}))
         return 0
-    for name in ("command", "host", "kernel", "recorded", "untraced_s"):
+    for name in ("command", "character", "host", "kernel", "recorded", "untraced_s"):
         if metadata.get(name) is not None:
             print(f"{name:14} {_printable(metadata[name])}")
     for name in ("events", "seconds", "processes", "threads"):
@@ -176,13 +210,18 @@ def _info(options):
 
 
 def _replay(options):
+    if options.share is None and (options.kind is not None or options.seed is not None):
+        raise RecordError("--kind and --seed say how --share is chosen: give --share")
+    kind, seed = options.kind or "mappings", options.seed or 0
     trace = Trace.load(options.history)
-    chosen = None if options.share is None else choose(trace, options.share, options.kind, options.seed)
+    chosen = None if options.share is None else choose(trace, options.share, kind, seed)
     result = replay(trace, placement=options.placement, communication=chosen)
+    if chosen is None and options.placement != "none" and not result.operations.get("comm"):
+        print("ioproc: this history tells of no communication: give --share", file=sys.stderr)
     if options.json:
         told = dataclasses.asdict(result) | {"useful_share": None if math.isnan(result.useful_share) else result.useful_share}
         if chosen is not None:
-            told["communication"] = {"kind": chosen.kind, "share": chosen.share, "seed": options.seed, "bytes": chosen.bytes,
+            told["communication"] = {"kind": chosen.kind, "share": chosen.share, "seed": seed, "bytes": chosen.bytes,
                                      "candidate_bytes": chosen.candidate_bytes, "registrations": len(chosen.plan)}
         print(json.dumps(told))
         return 0
@@ -225,7 +264,7 @@ def _print_differences(trace, result):
 
 def _printable(value):
     """A history may come from anywhere: nothing in it may steer a terminal."""
-    return "".join(character if character.isprintable() else "?" for character in str(value))
+    return "".join(character if character.isprintable() else "\\n" if character == "\n" else "?" for character in str(value))
 
 
 if __name__ == "__main__":

@@ -15,21 +15,23 @@ import sys
 import textwrap
 import time
 from importlib import resources
+from mmap import PROT_READ
 from pathlib import Path
 
 import numpy as np
 
 from . import AddressSpace, CountingOps, Ops, PhysicalMemory
 from .trace import Trace, TraceError, choose, replay
+from .trace.communication import mappings
 
 SHARES = (0.01, 0.10, 0.50, 1.00)
 KINDS = ("mappings", "buffers")
 PAGE = 4096
 
 COLUMNS = (
-    ("communicates", "communicates"), ("placement", "placement"), ("calls", "calls"), ("useful_share", "useful"),
-    ("update_page", "upd.page"), ("invalidate_page", "inv.page"), ("wrprotect_page", "wrprot."),
-    ("invalidate_range", "inv.range"), ("change_protection", "chg.prot"), ("sync_range", "sync"), ("release", "release"),
+    ("communicates", "communicates"), ("placement", "hooks"), ("calls", "calls"), ("spread", "calls min..max"),
+    ("useful_share", "useful"), ("update_page", "update"), ("invalidate_page", "inval."), ("wrprotect_page", "wrprot."),
+    ("invalidate_range", "range"), ("change_protection", "prot."), ("sync_range", "sync"), ("release", "rel."),
     ("chain_nodes", "nodes"), ("registrations", "regs"), ("vmas_peak", "VMAs"), ("added", "added"),
     ("ns_per_event", "ns/event"),
 )
@@ -39,8 +41,11 @@ def histories(paths):
     """Yield (name, Trace): the given files, or the recorded histories that come with the package."""
     if paths:
         names = [Path(path).name.split(".")[0] for path in paths]
-        for name, path in zip(names, paths, strict=True):
-            yield name if name and names.count(name) == 1 else path, Trace.load(path)
+        for i, (name, path) in enumerate(zip(names, paths, strict=True)):
+            before = paths[:i].count(path)
+            if not name or names.count(name) > 1:
+                name = f"{path} ({before + 1})" if before else path
+            yield name, Trace.load(path)
         return
     shipped = sorted((entry for entry in resources.files("ioproc.histories").iterdir() if ".ioproc" in entry.name),
                      key=lambda entry: entry.name)
@@ -49,115 +54,139 @@ def histories(paths):
             yield entry.name.split(".")[0], Trace.load(path)
 
 
-def measured(trace, repeats, **options):
-    """The replay with the least time of several; what it counts is the same in each."""
-    return min((replay(trace, **options) for _ in range(repeats)), key=lambda result: result.seconds)
-
-
-def row(name, label, kind, share, achieved, result, vmas_none):
-    """One line of the table, as a dict."""
+def row(name, label, kind, share, achieved, results, vmas_none, median=0, seeds=None):
+    """One line of the table, as a dict: the counts of the median replay, the time of the fastest."""
+    result = results[median]
     return {
         "history": name, "communicates": label, "kind": kind, "share": share, "achieved_share": achieved,
-        "placement": result.placement, "calls": result.calls, "useful_share": result.useful_share,
+        "placement": result.placement, "calls": result.calls,
+        "calls_min": min(one.calls for one in results), "calls_max": max(one.calls for one in results), "seeds": seeds,
+        "useful_share": result.useful_share,
         **result.callbacks,
         "useful": result.useful,
         "chain_nodes": result.chain_nodes, "registrations": result.registrations,
         "register_failures": result.register_failures, "registered_peak": result.registered_peak,
         "vmas_none": vmas_none, "vmas_peak": result.vmas_peak, "added": result.vmas_peak - vmas_none,
-        "ns_per_event": result.ns_per_event, "events": result.events, "inferred": result.inferred,
+        "ns_per_event": min(one.ns_per_event for one in results), "events": result.events, "inferred": result.inferred,
         "disagreement": result.disagreement,
     }
 
 
-def compare(name, trace, shares, kinds, seed, repeats, progress):
-    """All rows of one history."""
-    nothing = measured(trace, repeats)
-    vmas = nothing.vmas_peak
+def compare(name, trace, shares, kinds, seed, seeds, progress):
+    """All rows of one history: without a device, then a pair (whole address space, per VMA) for each choice of memory."""
+    nothing = [replay(trace) for _ in range(seeds)]
+    vmas = nothing[0].vmas_peak
     rows = [row(name, "-", None, 0.0, 0.0, nothing, vmas)]
-    if "comm" in nothing.operations:
-        plans = [("as recorded", "recorded", math.nan, math.nan, None)]
-    else:
-        plans = []
-        for kind in kinds:
-            for share in shares:
-                plan = choose(trace, share, kind, seed)
-                achieved = plan.bytes / plan.candidate_bytes if plan.candidate_bytes else 0.0
-                plans.append((f"{percent(100 * achieved)} in {kind}", kind, share, achieved, plan))
-    for label, kind, share, achieved, plan in plans:
-        progress(f"{name}: {label}")
-        for placement in ("mm", "vma"):
-            result = measured(trace, repeats, placement=placement, communication=plan)
-            rows.append(row(name, label, kind, share, achieved, result, vmas))
+    recorded = "comm" in nothing[0].operations
+    candidates = None if recorded else mappings(trace)
+    for kind, share in [("recorded", math.nan)] if recorded else [(kind, share) for kind in kinds for share in shares]:
+        progress(f"{name}: {'as recorded' if recorded else f'{percent(100 * share)} in {kind}'}")
+        plans = [None if recorded else choose(trace, share, kind, one, candidates) for one in range(seed, seed + seeds)]
+        replays = [[replay(trace, placement=placement, communication=plan) for placement in ("mm", "vma")] for plan in plans]
+        whole, vma = zip(*replays, strict=True)
+        median = sorted(range(seeds), key=lambda i: vma[i].calls)[(seeds - 1) // 2]
+        achieved, label = math.nan, "as recorded"
+        if not recorded:
+            plan = plans[median]
+            achieved = plan.bytes / plan.candidate_bytes if plan.candidate_bytes else 0.0
+            label = f"{percent(100 * achieved)} in {kind}"
+        rows += [row(name, label, kind, share, achieved, results, vmas, median, None if recorded else seeds)
+                 for results in (whole, vma)]
     return rows
 
 
-def touch_ns(pages, ops, repeats):
-    """ns for a first touch of a page, with these ops on the address space: the least of several runs."""
-    best = math.inf
-    for _ in range(repeats):
-        with AddressSpace(PhysicalMemory(pages)) as mm:
-            for one in ops:
-                mm.register_ops(one)
-            addr = mm.mmap(pages * PAGE)
-            begin = time.perf_counter_ns()
-            mm.touch(addr, pages * PAGE, write=True)
-            best = min(best, time.perf_counter_ns() - begin)
-    return best / pages
+def touch_ns(pages, ops):
+    """ns for a first touch of a page, with these ops on the address space."""
+    with AddressSpace(PhysicalMemory(pages)) as mm:
+        for one in ops:
+            mm.register_ops(one)
+        addr = mm.mmap(pages * PAGE)
+        begin = time.perf_counter_ns()
+        mm.touch(addr, pages * PAGE, write=True)
+        return (time.perf_counter_ns() - begin) / pages
 
 
-def register_ns(count, repeats):
-    """ns to register, and to unregister, a buffer in the middle of a mapping: two splits, two merges."""
+def register_ns(count, kind):
+    """ns to register, and to unregister, whole VMAs or buffers in the middle of one: two splits, two merges."""
     ops = CountingOps()
-    register, unregister = math.inf, math.inf
-    for _ in range(repeats):
-        with AddressSpace(PhysicalMemory(16)) as mm:
-            addr = mm.mmap(4 * PAGE * count)
-            spots = [addr + (4 * i + 1) * PAGE for i in range(count)]
-            begin = time.perf_counter_ns()
+    with AddressSpace(PhysicalMemory(16)) as mm:
+        addr = mm.mmap(4 * PAGE * count)
+        spots = [addr + (4 * i + 1) * PAGE for i in range(count)]
+        if kind == "mappings":
             for spot in spots:
-                mm.register_ops(ops, spot, 2 * PAGE)
-            middle = time.perf_counter_ns()
-            for spot in spots:
-                mm.unregister_ops(ops, spot, 2 * PAGE)
-            register = min(register, middle - begin)
-            unregister = min(unregister, time.perf_counter_ns() - middle)
-    return register / count, unregister / count
+                mm.mprotect(spot, 2 * PAGE, PROT_READ)
+        begin = time.perf_counter_ns()
+        for spot in spots:
+            mm.register_ops(ops, spot, 2 * PAGE)
+        middle = time.perf_counter_ns()
+        for spot in spots:
+            mm.unregister_ops(ops, spot, 2 * PAGE)
+        return (middle - begin) / count, (time.perf_counter_ns() - middle) / count
 
 
 def micro(quick):
-    """The cost of a call, measured as the difference it makes to a page fault."""
-    pages = 1 << 13 if quick else 1 << 15
-    repeats = 5 if quick else 15
-    few = min(pages, 1 << 11)
-    bare = touch_ns(pages, [], repeats)
-    figures = [("page fault, nothing registered", bare, "ns per fault")]
-    figures.append(("+ 1 ops without the callback", touch_ns(pages, [Ops()], repeats) - bare, "ns per fault"))
-    native = {}
-    for k in (1, 2, 4, 8):
-        native[k] = touch_ns(pages, [CountingOps() for _ in range(k)], repeats) - bare
-        figures.append((f"+ {k} native op{'s' * (k > 1)}", native[k], "ns per fault"))
-    python = touch_ns(few, [Ops(update_page=lambda vma, addr: None)], repeats) - touch_ns(few, [], repeats)
-    figures.append(("+ 1 Python op", python, "ns per fault"))
-    register, unregister = register_ns(500 if quick else 2000, repeats)
-    figures.append(("register a buffer on its VMA", register, "ns"))
-    figures.append(("unregister it", unregister, "ns"))
-    return {"figures": figures, "native_ns": max(native[8] / 8, 0.1), "python_ns": python, "register_ns": register}
+    """What a call and a registration cost: the least of several turns through all configurations, after one to warm up."""
+    pages, few, count, turns = (1 << 13, 1 << 11, 500, 15) if quick else (1 << 15, 1 << 11, 2000, 25)
+    natives = (1, 2, 4, 8)
+    tried = {
+        "bare": lambda: [touch_ns(pages, [])],
+        "empty": lambda: [touch_ns(pages, [Ops()])],
+        **{k: lambda k=k: [touch_ns(pages, [CountingOps() for _ in range(k)])] for k in natives},
+        "few": lambda: [touch_ns(few, [])],
+        "python": lambda: [touch_ns(few, [Ops(update_page=lambda vma, addr: None)])],
+        **{kind: lambda kind=kind: register_ns(count, kind) for kind in KINDS},
+    }
+    for measure in tried.values():
+        measure()
+    taken = [{what: measure() for what, measure in tried.items()} for _ in range(turns)]
+    least = {what: [min(turn[what][i] for turn in taken) for i in range(len(taken[0][what]))] for what in tried}
+    bare = least["bare"][0]
+    native = {k: least[k][0] - bare for k in natives}
+    python = least["python"][0] - least["few"][0]
+    figures = [("page fault, nothing registered", bare, "ns per fault"),
+               ("+ 1 ops without the callback", least["empty"][0] - bare, "ns per fault"),
+               *((f"+ {k} native op{'s' * (k > 1)}", native[k], "ns per fault") for k in natives),
+               ("+ 1 Python op", python, "ns per fault"),
+               ("register a whole VMA", least["mappings"][0], "ns"),
+               ("register a buffer in its middle", least["buffers"][0], "ns (two splits)"),
+               ("unregister a whole VMA", least["mappings"][1], "ns"),
+               ("unregister a buffer in its middle", least["buffers"][1], "ns (two merges)")]
+    return {"figures": figures, "call_ns": max(native[1], 0.1), "python_ns": python,
+            "register_ns": {kind: least[kind][0] for kind in KINDS}}
+
+
+def registrations_ns(line, register_ns):
+    """What the registrations of a line cost; recorded messages lie in buffers."""
+    return line["registrations"] * register_ns.get(line["kind"], register_ns["buffers"]) if line["placement"] == "vma" else 0
 
 
 def cost_ns(line, call_ns, register_ns):
     """What a placement costs a run: its calls and its registrations."""
-    return line["calls"] * call_ns + (line["registrations"] * register_ns if line["placement"] == "vma" else 0)
+    return line["calls"] * call_ns + registrations_ns(line, register_ns)
+
+
+def pairs(rows):
+    """The lines (whole address space, per VMA) of each choice of memory."""
+    compared = [line for line in rows if line["placement"] != "none"]
+    return list(zip(compared[::2], compared[1::2], strict=True))
 
 
 def crossover(rows, kind, call_ns, register_ns):
     """Shares tried, in percent, between which per VMA becomes no cheaper than the whole address space; None: it does not."""
-    by = {(line["achieved_share"], line["placement"]): line for line in rows if line["kind"] == kind}
     below = 0.0
-    for share in sorted({share for share, _ in by}):
-        if cost_ns(by[share, "vma"], call_ns, register_ns) >= cost_ns(by[share, "mm"], call_ns, register_ns):
-            return below, 100 * share
-        below = 100 * share
+    for mm, vma in sorted((pair for pair in pairs(rows) if pair[0]["kind"] == kind), key=lambda pair: pair[0]["achieved_share"]):
+        if cost_ns(vma, call_ns, register_ns) >= cost_ns(mm, call_ns, register_ns):
+            return below, 100 * mm["achieved_share"]
+        below = 100 * mm["achieved_share"]
     return None
+
+
+def break_even(mm, vma, register_ns):
+    """From which cost of a call on per VMA costs less, in words."""
+    if vma["calls"] >= mm["calls"]:
+        return "per VMA costs less at no cost of a call"
+    ns = registrations_ns(vma, register_ns) / (mm["calls"] - vma["calls"])
+    return "per VMA costs less " + (f"as soon as a call costs more than {duration(ns)}" if ns else "at any cost of a call")
 
 
 def percent(value):
@@ -173,37 +202,42 @@ def duration(ns):
     return f"{ns:.3g} ns"
 
 
+def counted(number, what, none="0"):
+    """1 call, 2 calls."""
+    return f"{number:,} {what}{'s' * (number != 1)}" if number > 0 else f"{none} {what}s"
+
+
 def answer(name, trace, rows, call_ns, register_ns):
     """The mailing list's question, for one history."""
     wall = float(trace.metadata.get("untraced_s") or 0) * 1e9
-    compared = [line for line in rows if line["placement"] != "none"]
-    whole = compared[0]
+    compared = pairs(rows)
+    whole = compared[0][0]
 
     def cost(line):
         ns = cost_ns(line, call_ns, register_ns)
         return duration(ns) + (f" or {percent(100 * ns / wall)}" if wall else "")
 
-    sentences = [f"{name}: on the whole address space a device is called {whole['calls']:,} times, "
+    sentences = [f"{name}: on the whole address space a device is called {counted(whole['calls'], 'time')}, "
                  f"{whole['calls'] / max(whole['events'], 1):.2g} per event; that costs {cost(whole)}"
                  + (f" of the run's {wall / 1e9:.1f} s." if wall else ".")]
-    vma = [line for line in compared if line["placement"] == "vma"]
-    vma = [line for line in vma if line["kind"] == "buffers"] or vma
-    told = [line for line in vma if line["registrations"]] or vma
-    for line in told[:1] + told[1:][-1:]:
-        mm = next(other for other in compared if other["placement"] == "mm" and other["communicates"] == line["communicates"])
-        cheaper = cost_ns(line, call_ns, register_ns) < cost_ns(mm, call_ns, register_ns)
-        memory = "the memory of the recorded messages" if line["kind"] == "recorded" else f"{line['communicates']} communicating"
+    asked = [pair for pair in compared if pair[0]["kind"] == "buffers"] or compared
+    told = [pair for pair in asked if pair[1]["registrations"]] or asked
+    for mm, vma in told[:1] + told[1:][-1:]:
+        whole_ns, vma_ns = (cost_ns(line, call_ns, register_ns) for line in (mm, vma))
+        memory = "the memory of the recorded messages" if vma["kind"] == "recorded" else f"{vma['communicates']} communicating"
         useful = "there is no call" if not mm["calls"] else f"{percent(100 * mm['useful_share'])} of these calls are useful"
-        sentences.append(f"With {memory}, {useful}; per VMA makes {line['calls']:,} calls and {line['registrations']:,} "
-                         f"registrations, has at most {line['added']:,} VMAs more, and costs {cost(line)}: "
-                         f"{'less' if cheaper else 'not less'}.")
-    if len(vma) > 1:
+        more = ("at most " if vma["added"] > 0 else "") + counted(vma["added"], "VMA", "no") + " more"
+        sentences.append(f"With {memory}, {useful}; per VMA makes {counted(vma['calls'], 'call')} and "
+                         f"{counted(vma['registrations'], 'registration')}, has {more}, and costs "
+                         f"{cost(vma)}: {'less' if vma_ns < whole_ns else 'not less'} than on the whole address space "
+                         f"({duration(whole_ns)}); {break_even(mm, vma, register_ns)}.")
+    if len(asked) > 1:
         where = []
-        for kind in sorted({line["kind"] for line in compared}):
-            found = crossover(compared, kind, call_ns, register_ns)
+        for kind in sorted({mm["kind"] for mm, _ in compared}):
+            found = crossover(rows, kind, call_ns, register_ns)
             where.append(f"in {kind}, " + ("none in range" if found is None else
-                                           f"between {percent(found[0])} and {percent(found[1])}"))
-        sentences.append(f"Share from which per VMA does not pay: {'; '.join(where)}.")
+                                        f"between {percent(found[0])} and {percent(found[1])}"))
+        sentences.append(f"Share from which per VMA does not pay at {duration(call_ns)} a call: {'; '.join(where)}.")
     return " ".join(sentences)
 
 
@@ -217,8 +251,16 @@ def text_cell(key, value):
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
+def spread(line):
+    """Calls over the seeds; on the whole address space they do not depend on them."""
+    if not line["seeds"] or line["placement"] != "vma":
+        return None
+    return f"{line['calls_min']:,}..{line['calls_max']:,}"
+
+
 def print_table(rows, out):
-    cells = [[title for _, title in COLUMNS]] + [[text_cell(key, line[key]) for key, _ in COLUMNS] for line in rows]
+    lines = [line | {"spread": spread(line)} for line in rows]
+    cells = [[title for _, title in COLUMNS]] + [[text_cell(key, line[key]) for key, _ in COLUMNS] for line in lines]
     widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS))]
     for number, line in enumerate(cells):
         print("  ".join(cell.ljust(width) if i < 2 else cell.rjust(width)
@@ -230,41 +272,58 @@ def print_table(rows, out):
 def parser():
     made = argparse.ArgumentParser(prog="python -m ioproc.bench", description=__doc__.split("\n\n")[0],
                                    epilog="Data on stdout, progress on stderr.  Exit status: 0; 2 usage; 3 unreadable input.")
-    made.add_argument("--quick", action="store_true", help="one share and one kind, fewer repetitions: a few seconds")
+    made.add_argument("--quick", action="store_true", help="one share and one kind, fewer seeds: about a second")
     made.add_argument("--trace", action="append", metavar="FILE", help="a history instead of the shipped ones; may repeat")
-    made.add_argument("--seed", type=int, default=0, help="of the choice of communicating memory (default 0)")
+    made.add_argument("--seed", default="0", help="the first, of the choice of communicating memory (default 0)")
+    made.add_argument("--seeds", metavar="N", help="how many; the median is told (default 10, with --quick 3)")
     made.add_argument("--call-ns", type=float, metavar="NS",
-                      help="cost of one callback for the answers (default: the native one measured here)")
+                      help="cost of one callback for the answers (default: of a native one that does nothing, measured)")
     form = made.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="everything as one JSON object")
     form.add_argument("--csv", action="store_true", help="the rows as CSV")
     return made
 
 
+def whole_number(option, text, least):
+    try:
+        number = int(text)
+    except ValueError:
+        parser().error(f"{option} {text}: must be a whole number")
+    if number < least:
+        parser().error(f"{option} {text}: must be a whole number, at least {least}")
+    return number
+
+
 def main(arguments=None):
     options = parser().parse_args(arguments)
-    if options.call_ns is not None and not options.call_ns >= 0:
-        parser().error(f"--call-ns {options.call_ns}: not a cost")
-    if options.seed < 0:
-        parser().error(f"--seed {options.seed}: not a seed")
+    if options.call_ns is not None and not (math.isfinite(options.call_ns) and options.call_ns >= 0):
+        parser().error(f"--call-ns {options.call_ns}: must be a finite number, not below 0")
+    options.seed = whole_number("--seed", options.seed, 0)
+    options.seeds = whole_number("--seeds", options.seeds or ("3" if options.quick else "10"), 1)
 
     def progress(message):
         if sys.stderr.isatty():
             print(f"\r\x1b[K{message}", end="", file=sys.stderr, flush=True)
 
     try:
-        status = run(options, progress)
-        sys.stdout.flush()
-        return status
+        results = run(options, progress)
     except TraceError as error:
         return fail(error, 3)
     except MemoryError as error:        # more pages than PhysicalMemory can have, or than this machine has room for
         return fail(error, 3)
-    except BrokenPipeError:             # whoever read our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except KeyboardInterrupt:
         return fail("interrupted", 130)
+    try:
+        report(options, *results)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return fail("interrupted", 130)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # what is left in the buffer
+        if isinstance(error, BrokenPipeError):                              # whoever read our output has seen enough
+            return 0
+        return fail(f"standard output: {error.strerror}", 2)
+    return 0
 
 
 def fail(message, status):
@@ -273,19 +332,17 @@ def fail(message, status):
 
 
 def run(options, progress):
-    shares, kinds, repeats = ((0.10,), ("buffers",), 1) if options.quick else (SHARES, KINDS, 3)
+    """All that is told: [(name, trace, its rows)], costs, answers."""
+    shares, kinds = ((0.10,), ("buffers",)) if options.quick else (SHARES, KINDS)
     loaded = list(histories(options.trace))
     progress("micro-figures")
     costs = micro(options.quick)
-    call_ns = costs["native_ns"] if options.call_ns is None else options.call_ns
-    rows, answers = [], []
-    for name, trace in loaded:
-        its_rows = compare(name, trace, shares, kinds, options.seed, repeats, progress)
-        rows += its_rows
-        answers.append(answer(name, trace, its_rows, call_ns, costs["register_ns"]))
+    if options.call_ns is not None:
+        costs["call_ns"] = options.call_ns
+    told = [(name, trace, compare(name, trace, shares, kinds, options.seed, options.seeds, progress)) for name, trace in loaded]
+    answers = [answer(*one, costs["call_ns"], costs["register_ns"]) for one in told]
     progress("")
-    report(options, loaded, rows, costs, call_ns, answers)
-    return 0
+    return told, costs, answers
 
 
 def plain(value):
@@ -302,36 +359,58 @@ def printable(text):
     return "".join(character if character.isprintable() else "?" for character in str(text))
 
 
-def report(options, loaded, rows, costs, call_ns, answers):
+def report(options, told, costs, answers):
+    rows = [line for _, _, its_rows in told for line in its_rows]
     if options.json:
         figures = [{"what": what, "value": value, "unit": unit} for what, value, unit in costs["figures"]]
-        described = {name: trace.metadata | {"files": len(trace.metadata["files"])} for name, trace in loaded}
-        print(json.dumps(plain({"histories": described, "rows": rows, "micro": figures, "call_ns": call_ns,
-                                "register_ns": costs["register_ns"], "answers": answers}), indent=1, default=float))
-        return
-    if options.csv:
+        described = {name: trace.metadata | {"files": len(trace.metadata["files"])} for name, trace, _ in told}
+        print(json.dumps(plain({"histories": described, "rows": rows, "seed": options.seed, "seeds": options.seeds,
+                                "micro": figures, "call_ns": costs["call_ns"], "register_ns": costs["register_ns"],
+                                "answers": answers}), indent=1, default=float))
+    elif options.csv:
         keys = [key for key in rows[0] if key not in ("useful", "inferred")]
         writer = csv.DictWriter(sys.stdout, keys, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(plain(rows))
-        return
-    print("Calls of a device, by kind: update, invalidate and wrprotect_page, invalidate_range, change_protection, sync_range.\n"
-          "useful: the range overlaps memory registered for communication at that moment; nodes: chain cells visited;\n"
-          "regs: registrations of the device; VMAs: at most, over all processes, and how many of them registering added;\n"
-          "ns/event: replay time, measured.")
-    for name, trace in loaded:
-        its_rows = [line for line in rows if line["history"] == name]
+    else:
+        print_text(options, told, costs, answers)
+
+
+HEADER = """\
+Which memory communicates is drawn, unless the history tells: {}, from seed {} on. A pair of rows is that of
+the median of the calls per VMA; calls min..max are the extremes of all. The answers are those of the medians.
+hooks: nowhere (none), on the whole address space (mm) or on the VMAs of that memory (vma).
+Calls by kind: update_page, invalidate_page, wrprotect_page; invalidate_range, change_protection (prot.), sync_range.
+useful: the range overlaps memory registered for communication at that moment; rel.: release, not among the calls;
+nodes: chain cells visited; regs: registrations of the device;
+VMAs: of all processes together, at the peak, and how many of them registering added;
+ns/event: replay time, measured, the least; it is noisy: differences below about 30 % say nothing.
+The costs in the answers are computed from the figures below."""
+FOOTNOTE = """
+Unregistering is measured and not charged: munmap drops it.
+What a hook costs everybody else: with nothing registered one load and one test per hook site, measured in
+instructions by benchmarks/bench_hooksite.py (see README's table)."""
+
+
+def print_text(options, told, costs, answers):
+    print(HEADER.format(counted(options.seeds, "choice"), options.seed))
+    for name, trace, its_rows in told:
         inferred = its_rows[0]["inferred"]
         wall = trace.metadata.get("untraced_s")
-        print(f"\n{printable(name)}: {printable(trace.metadata.get('character', 'a history'))}, {len(trace):,} events"
-              + (f", {wall:.1f} s untraced" if wall else "") + f"; {its_rows[0]['vmas_none']:,} VMAs\n"
+        print(f"\n{printable(name)}: {printable(trace.metadata.get('character', 'a history'))}, {counted(len(trace), 'event')}"
+              + (f", {wall:.1f} s untraced" if wall else "") + f"; {counted(its_rows[0]['vmas_none'], 'VMA')}\n"
               f"inferred: {inferred['events']:,} events, {inferred['access']:,} accesses, {inferred['file']:,} file identities, "
               f"{inferred['size']:,} sizes; {percent(100 * its_rows[0]['disagreement'])} of the events disagree\n")
         print_table(its_rows, sys.stdout)
-    print("\nWhat a hook costs here (measured; the least of several runs)\n")
+    print("\nWhat a hook costs here (measured; the least of several turns)\n")
     for what, value, unit in costs["figures"]:
         print(f"  {what:<34} {value:>10,.1f} {unit}")
-    print(f"\nThe answer, with {call_ns:.1f} ns a call and {costs['register_ns']:.0f} ns a registration\n")
+    print(FOOTNOTE)
+    call = (f"that does nothing ({duration(costs['call_ns'])} a call, measured; --call-ns NS for yours: one in Python costs "
+            f"{duration(costs['python_ns'])})" if options.call_ns is None else f"of {duration(costs['call_ns'])} (--call-ns)")
+    whole, buffer = (duration(costs["register_ns"][kind]) for kind in KINDS)
+    print(f"\nThe answer, for a callback {call},\n"
+          f"and a registration of {whole} for a mapping, {buffer} for a buffer (measured)\n")
     for line in answers:
         print(textwrap.fill(printable(line), 120) + "\n")
 

@@ -26,3 +26,7 @@ def test_two_commands():
 def test_links_lead_somewhere():
     for target in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (Path(__file__).parent.parent / target).exists(), target
+
+
+def test_nothing_is_left_to_fill_in():
+    assert "<!--" not in README

@@ -684,6 +684,11 @@ def test_mistakes(options, error, message):
         replay(History().trace(), **options)
 
 
+def test_a_path_is_no_history():
+    with pytest.raises(TypeError, match="trace = 'file'"):
+        replay("file")
+
+
 def test_the_gil_is_released():
     """Between two callbacks, another thread runs although nobody would take the GIL away."""
     events = np.zeros(400_000, EVENT)

@@ -1,12 +1,14 @@
 """``python -m ioproc``: what goes where, and how a user's mistakes end."""
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from ioproc import __version__ as version
 from ioproc.trace import Op, Trace
 
 DATA = Path(__file__).parent / "data"
@@ -104,6 +106,8 @@ def test_lenient_import_and_communication(tmp_path):
     (["replay", STRACE, "--share", "1.5"], 2, "0 to 1"),
     (["replay", STRACE, "--share", "all"], 2, "0 to 1"),
     (["replay", STRACE, "--seed", "-1"], 2, "negative"),
+    (["replay", STRACE, "--seed", "1"], 2, "give --share"),
+    (["replay", STRACE, "--kind", "buffers"], 2, "give --share"),
     (["import", "-o", "x"], 2, "required"),
     (["import", "--strace", "none", "-o", "x"], 3, "No such file"),
     (["import", "--strace", STRACE, "--perf", STRACE, "-o", "x"], 3, ":1: not a line of perf"),
@@ -115,12 +119,67 @@ def test_lenient_import_and_communication(tmp_path):
     (["record", "-o", "x"], 2, "no command"),
     (["record", "-o", "x", "--", "no-such-command-here"], 2, "no such command"),
     (["record", "-o", "x", "--untraced-runs", "-1", "--", "true"], 2, "must not be negative"),
+    (["record", "-o", "x", "--untraced-runs", "x", "--", "true"], 2, "must be a whole number"),
 ])
 def test_mistakes(tmp_path, arguments, status, message):
     run = ioproc(*arguments, cwd=tmp_path)
     assert (run.returncode, run.stdout) == (status, "")
     assert message in run.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_version():
+    run = ioproc("--version")
+    assert (run.returncode, run.stdout) == (0, f"ioproc {version}\n")
+
+
+def test_replay_without_communication_says_so(history):
+    run = ioproc("replay", history, "--placement", "mm")
+    assert (run.returncode, run.stderr) == (0, "ioproc: this history tells of no communication: give --share\n")
+    assert ioproc("replay", history).stderr == ""
+
+
+def test_output_that_cannot_be_written(tmp_path):
+    (tmp_path / "strace").write_text("1 1.000000 brk(NULL) = 0x9000 <0.000001>\n")
+    ioproc("import", "--strace", "strace", "-o", "a", cwd=tmp_path)
+    run = subprocess.run([sys.executable, "-m", "ioproc", "info", tmp_path / "a"], stdout=open(tmp_path / "out", "w"),
+                         stderr=subprocess.PIPE, text=True, check=False,
+                         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)))
+    assert (run.returncode, run.stderr) == (2, "ioproc: standard output: File too large\n")
+
+
+@pytest.mark.parametrize("name", ["fifo", "link"])
+@pytest.mark.parametrize("command", [["record", "--", "touch", "started"], ["import", "--strace", "strace"]])
+def test_only_a_regular_file_is_replaced(tmp_path, name, command):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "link").symlink_to("fifo")
+    (tmp_path / "strace").write_text("1 1.000000 brk(NULL) = 0x9000 <0.000001>\n")
+    run = ioproc(command[0], "-o", name, *command[1:], cwd=tmp_path)
+    assert (run.returncode, run.stderr) == (2, f"ioproc: cannot write {name}: not a regular file\n")
+    assert (tmp_path / "fifo").is_fifo()
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fifo", "link", "strace"]
+
+
+@pytest.mark.parametrize("command", [["record", "--", "touch", "started"], ["import", "--strace", "none"]])
+def test_a_missing_compressor_is_noticed_first(tmp_path, command):
+    (tmp_path / "zstandard.py").write_text("raise ImportError")
+    run = ioproc(command[0], "-o", "a.zst", *command[1:], cwd=tmp_path,
+                 env=os.environ | {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"})
+    assert run.returncode == 2
+    assert run.stderr == "ioproc: cannot write a.zst: reading and writing .zst needs the package zstandard\n"
+    assert not (tmp_path / "started").exists()
+
+
+def test_import_without_faults_says_so(tmp_path):
+    (tmp_path / "strace").write_text("1 1.000000 brk(NULL) = 0x9000 <0.000001>\n")
+    run = ioproc("import", "--strace", "strace", "-o", "a", "--character", "static", "--set", "command=a\nb", cwd=tmp_path)
+    assert run.returncode == 0
+    assert run.stderr.startswith("ioproc: no page faults: only mappings are replayed\n")
+    assert Trace.load(tmp_path / "a").metadata["character"] == "static"
+    shown = ioproc("info", "a", cwd=tmp_path).stdout
+    assert "a\\nb" in shown
+    assert "static" in shown
 
 
 def test_a_history_cannot_steer_the_terminal(tmp_path):
@@ -174,5 +233,30 @@ def test_record(tmp_path):
 
 @pytest.mark.skipif(not can_record(), reason="strace or perf is missing or may not trace")
 def test_record_of_a_command_that_fails(tmp_path):
-    run = ioproc("record", "-o", tmp_path / "x", "--", "false")
-    assert (run.returncode, run.stderr) == (2, "ioproc: false ends with status 1 without tracing\n")
+    run = ioproc("record", "-o", tmp_path / "x", "--untraced-runs", "1", "--character", "short", "--", "sh", "-c", "exit 3")
+    assert run.returncode == 0
+    assert run.stderr.startswith("ioproc: the command ended with status 3\n")
+    trace = Trace.load(tmp_path / "x")
+    assert (trace.metadata["status"], trace.metadata["character"]) == (3, "short")
+    assert trace.summary()["operations"]["exit"] == 1
+
+
+@pytest.mark.skipif(not can_record(), reason="strace or perf is missing or may not trace")
+def test_record_of_a_command_that_is_killed(tmp_path):
+    run = ioproc("record", "-o", tmp_path / "x", "--untraced-runs", "0", "--", "sh", "-c", "kill -9 $$")
+    assert run.returncode == 0
+    assert run.stderr.startswith("ioproc: the command ended with signal 9\n")
+
+
+@pytest.mark.skipif(not can_record(), reason="strace or perf is missing or may not trace")
+def test_record_runs_what_path_finds_first(tmp_path):
+    """perf puts /usr/bin first on the PATH of what it starts; both the command and what it calls are the user's."""
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    (tmp_path / "env").write_text(f'#!/bin/sh\necho "$PATH" >> "{tmp_path}/log"\nexec id\n')
+    (tmp_path / "id").write_text(f'#!/bin/sh\necho id >> "{tmp_path}/log"\n')
+    for name in ("env", "id"):
+        (tmp_path / name).chmod(0o755)
+    run = ioproc("record", "-o", tmp_path / "x", "--untraced-runs", "1", "--", "env", env=os.environ | {"PATH": path})
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "log").read_text().split() == [path, "id", path, "id"]
+    assert Trace.load(tmp_path / "x").metadata["command"] == "env"

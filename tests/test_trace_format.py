@@ -1,5 +1,6 @@
 """A history survives its file, and a file that is not one is refused with a reason."""
 import json
+import os
 import zlib
 
 import numpy as np
@@ -40,6 +41,23 @@ def test_round_trip(tmp_path, name, count):
     assert np.array_equal(again.events, trace.events)
     assert again.metadata == trace.metadata
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_save_follows_links_and_replaces_files_only(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link.gz").symlink_to("there/target")
+    for count in (10, 20):      # makes it, then replaces it
+        history(count).save(tmp_path / "link.gz")
+        assert (tmp_path / "link.gz").is_symlink()
+        assert len(Trace.load(tmp_path / "link.gz")) == count
+    assert [path.name for path in (tmp_path / "there").iterdir()] == ["target"]
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "loop").symlink_to("loop")
+    for name in ("fifo", "loop", "there"):
+        with pytest.raises(OSError, match="not a regular file") as caught:
+            history(1).save(tmp_path / name)
+        assert caught.value.filename == str(tmp_path / name)
+    assert (tmp_path / "fifo").is_fifo()
 
 
 def test_round_trip_zst(tmp_path):

@@ -19,7 +19,7 @@ import numpy as np
 
 from .format import Op
 
-__all__ = ["REGISTRATION", "Communication", "choose"]
+__all__ = ["REGISTRATION", "Communication", "choose", "mappings"]
 
 # After event `event` succeeded, [start, start + length) of its process is registered.
 REGISTRATION = np.dtype([("event", "<u8"), ("start", "<u8"), ("length", "<u8")])
@@ -53,7 +53,7 @@ class Communication:
     candidate_bytes: int
 
 
-def choose(trace, share, kind="mappings", seed=0):
+def choose(trace, share, kind="mappings", seed=0, candidates=None):
     """Choose the memory that communicates.
 
     Parameters
@@ -63,6 +63,8 @@ def choose(trace, share, kind="mappings", seed=0):
         Of the candidate bytes, 0 to 1.  Never exceeded.
     kind : {"mappings", "buffers"}
     seed : int
+    candidates : numpy.ndarray, optional
+        What `mappings` returned for the trace, to walk it once for many choices.
 
     Returns
     -------
@@ -73,7 +75,7 @@ def choose(trace, share, kind="mappings", seed=0):
     if kind not in ("mappings", "buffers"):
         raise ValueError(f"kind = {kind!r}: not 'mappings' or 'buffers'")
     random = np.random.default_rng(seed)
-    candidates = _mappings(trace)
+    candidates = mappings(trace) if candidates is None else candidates
     total = int(candidates["length"].sum())
     pieces = candidates if kind == "mappings" else _buffers(candidates, random)
     plan = pieces[_take(pieces["length"], share * total, random)] if share < 1 else pieces
@@ -150,8 +152,8 @@ class _Memory:
 _MAPPING = (Op.MMAP, Op.MAP, Op.MUNMAP, Op.MPROTECT, Op.MREMAP, Op.BRK, Op.FORK, Op.VFORK, Op.EXEC, Op.EXIT)
 
 
-def _mappings(trace):
-    """The candidates, one row each."""
+def mappings(trace):
+    """The candidates of a history: rows of `REGISTRATION`, one for each piece of memory when it becomes writable."""
     rows, memories = [], {}
     base = 0
     for block in trace.blocks():

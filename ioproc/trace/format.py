@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .source import TraceError, open_input, open_output
+from .source import TraceError, open_input, open_output, output_path
 
 __all__ = ["EVENT", "Access", "Op", "Origin", "Trace", "TraceError", "TraceWriter"]
 
@@ -167,13 +167,24 @@ class Trace:
     def save(self, path, *, packed=None):
         """Write the history to `path`, compressed if its suffix is .xz, .gz or .zst.
 
+        It is complete or not there; a symbolic link stays one.
+
         Parameters
         ----------
         path : path-like
+            A regular file, which is replaced, or none yet.
         packed : bool, optional
             Store byte columns instead of rows.  Default: yes if the file is compressed.
+
+        Raises
+        ------
+        OSError
+            It cannot be written, or is something else than a regular file.
+        TraceError
+            The suffix is .zst and the package zstandard is missing.
         """
         path = Path(path)
+        target = output_path(path)
         if packed is None:
             packed = path.suffix in (".xz", ".gz", ".zst")
         metadata = json.dumps(self.metadata, ensure_ascii=False, separators=(",", ":")).encode()
@@ -187,16 +198,18 @@ class Trace:
         header = HEADER.pack(MAGIC, VERSION, PACKED if packed else ROWS, len(self), len(metadata), size,
                              zlib.crc32(metadata), checksum, BLOCK, 0)
         header = _sealed(header)
-        partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+        partial = target.with_name(f".{target.stem}.{os.getpid()}.partial{path.suffix}")
         try:
             with open_output(partial) as out:
                 out.write(header)
                 out.write(metadata)
                 for block in self.blocks():
                     out.write(encode(block))
-            os.replace(partial, path)
-        except BaseException:
+            os.replace(partial, target)
+        except BaseException as error:
             partial.unlink(missing_ok=True)
+            if isinstance(error, OSError):
+                raise OSError(error.errno, error.strerror or str(error), os.fspath(path)) from error
             raise
 
     @classmethod

@@ -8,7 +8,7 @@ import numpy as np
 
 from .._core import HOOK_NAMES, Ops, PhysicalMemory, Player
 from .communication import REGISTRATION, Communication
-from .format import Op
+from .format import Op, Trace
 
 __all__ = ["PLACEMENTS", "Replay", "replay"]
 
@@ -34,7 +34,7 @@ class Replay:
     guessed : int
         Faults of unknown access: taken for a write where the mapping is writable.
     differences : dict
-        Events that went otherwise than recorded, by operation and class (docs/trace.md says what each class is):
+        Events that went otherwise than recorded, by operation and class (docs/replay.md says what each class is):
         ``result unmapped denied present beyond unmodelled``; and ``skipped``: calls that failed for a reason outside the
         address space.
     first_differing : list of int
@@ -113,6 +113,8 @@ def replay(trace, *, placement="none", communication=None, ops=None, frames=FRAM
     MemoryError
         Out of frames; the message says at which event.
     """
+    if not isinstance(trace, Trace):
+        raise TypeError(f"trace = {trace!r}: not a Trace; see Trace.load")
     if placement not in PLACEMENTS:
         raise ValueError(f"placement = {placement!r}: not one of {', '.join(PLACEMENTS)}")
     if communication is not None and not isinstance(communication, Communication):

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gzip
 import io
 import lzma
@@ -9,7 +10,7 @@ import os
 import zlib
 from pathlib import Path
 
-__all__ = ["LineError", "TraceError", "lines", "open_input", "open_output"]
+__all__ = ["LineError", "TraceError", "lines", "open_input", "open_output", "output_path"]
 
 
 class TraceError(Exception):
@@ -116,6 +117,24 @@ def open_input(path):
         raise TraceError(path, error.strerror or str(error)) from None
     except ValueError as error:  # a null character in the name
         raise TraceError(str(path), str(error)) from None
+
+
+def output_path(path):
+    """The file that writing to `path` makes or replaces: symbolic links are followed, devices left alone.
+
+    Raises OSError, with `path` as its filename, or TraceError if what compresses it is missing.
+    """
+    path = Path(path)
+    target = Path(os.path.realpath(path))
+    if os.path.lexists(target) and not (target.is_file() and not target.is_symlink()):
+        raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+    if not target.parent.is_dir():
+        raise OSError(errno.ENOENT, "no such directory", os.fspath(path))
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise OSError(errno.EACCES, "may not write in its directory", os.fspath(path))
+    if path.suffix == ".zst":
+        _zstandard(path)
+    return target
 
 
 @contextlib.contextmanager
