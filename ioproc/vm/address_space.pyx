@@ -123,13 +123,21 @@ cdef VMArea *vmas_copy(MM *mm, u64 *count) noexcept nogil:
     """The VMAs, with their files held, to look at without the lock; NULL with *count nonzero: no memory."""
     cdef VMArea *copies = <VMArea *> malloc((mm.map_count + 1) * sizeof(VMArea))
     cdef const VMArea *vma = mm.first
+    cdef VMArea *copy
     count[0] = mm.map_count
     if copies == NULL:
         count[0] += 1
         return NULL
     count[0] = 0
     while vma != NULL:
-        copies[count[0]] = vma[0]
+        # not the whole: what links it to its file changes under another lock
+        copy = &copies[count[0]]
+        copy.start = vma.start
+        copy.end = vma.end
+        copy.pgoff = vma.pgoff
+        copy.flags = vma.flags
+        copy.mm = mm
+        copy.file = vma.file
         if vma.file != NULL:
             file_hold(vma.file)
         count[0] += 1
