@@ -3,12 +3,6 @@ import mmap as _mmap
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_FromStringAndSize
 
-cdef object alive = WeakValueDictionary()       # AddressSpace by the address of its MM: for the reverse map
-
-
-cdef AddressSpace address_space_alive(MM *mm):
-    return alive.get(<size_t> mm)
-
 
 class AccessError(Exception):
     """
@@ -100,7 +94,7 @@ cdef VMA vma_face(const VMArea *vma):
     if vma.file == NULL or vma.file.anonymous:
         face.flags |= MAP_ANONYMOUS
     else:
-        face.file = faces.get(<size_t> vma.file)
+        face.file = face_of(vma.file)
         if face.file is None:
             face.file = file_face(vma.file, (<AddressSpace> vma.mm.face).mem)
     return face
@@ -115,7 +109,7 @@ cdef File file_face(FileCache *file, PhysicalMemory mem):
     with nogil:
         file_hold(file)
         file_put(empty)
-    faces[<size_t> file] = face
+    faces[<size_t> file] = ref(face)
     return face
 
 
@@ -252,13 +246,13 @@ cdef class AddressSpace:
         self.mm = mm
         self.owners = {}
         mm.face = <void *> self
-        alive[<size_t> mm] = self
+        faces[<size_t> mm] = ref(self)
         return 0
 
     cdef int replace(self, MM *mm) except -1:
         """Take over an address space, in place of the empty one."""
-        alive[<size_t> mm] = self       # the one thing that may fail
-        alive.pop(<size_t> self.mm, None)
+        faces[<size_t> mm] = ref(self)  # the one thing that may fail
+        faces.pop(<size_t> self.mm, None)
         mm_teardown(self.mm)
         mm_free(self.mm)
         self.mm = mm
@@ -270,6 +264,7 @@ cdef class AddressSpace:
 
     def __dealloc__(self):
         if self.mm != NULL:
+            face_gone(self.mm)
             mm_free(self.mm)
 
     # ---- entering and leaving the VM: no lock of ours is ever waited for with the GIL held

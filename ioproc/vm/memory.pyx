@@ -1,5 +1,21 @@
 # PhysicalMemory and File: the faces of what address spaces share.
-from weakref import WeakValueDictionary
+from weakref import ref
+
+# Python objects by the address of what they are the face of.  References without callbacks: a signal that arrives in a
+# callback would be lost there.
+cdef dict faces = {}
+
+
+cdef object face_of(const void *what):
+    """The face, or None if there is none or it is going."""
+    known = faces.get(<size_t> what)
+    return None if known is None else known()
+
+
+cdef void face_gone(const void *what):
+    """In __dealloc__, where references to the object are dead; another face may have taken its place."""
+    if face_of(what) is None:
+        faces.pop(<size_t> what, None)
 
 
 cdef int refuse_in_callback() except -1:
@@ -110,7 +126,7 @@ cdef class PhysicalMemory:
         # an address space is destroyed under the GIL, which was let go above: only those still known count
         try:
             for i in range(count):
-                space = address_space_alive(<MM *> spots[2 * i])
+                space = face_of(<void *> spots[2 * i])
                 if space is not None:
                     candidates.append((space, spots[2 * i + 1]))
         finally:
@@ -173,9 +189,6 @@ cdef void rmap_candidate(const VMArea *vma, u64 index, u64 *spots, u64 *count) n
         count[0] += 1
 
 
-cdef object faces = WeakValueDictionary()       # File by the address of its FileCache
-
-
 @cython.no_gc_clear             # its end needs `mem`
 cdef class File:
     """
@@ -199,10 +212,11 @@ cdef class File:
         self.file = file_new(mem.mem, bytes_)
         if self.file == NULL:
             raise MemoryError("File")
-        faces[<size_t> self.file] = self
+        faces[<size_t> self.file] = ref(self)
 
     def __dealloc__(self):
         if self.file != NULL:
+            face_gone(self.file)
             with nogil:
                 file_put(self.file)
 
