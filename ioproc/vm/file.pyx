@@ -1,4 +1,5 @@
 # Files: a page cache and the mappings of it; File, its face.
+from weakref import ref
 
 cdef FileCache *file_new(Memory *mem, u64 size) noexcept nogil:
     """With one reference for the caller; NULL: no memory."""

@@ -1,5 +1,4 @@
 # PhysicalMemory: the face of what address spaces share.
-from weakref import ref
 
 # Python objects by the address of what they are the face of.  References without callbacks: a signal that arrives in a
 # callback would be lost there.
