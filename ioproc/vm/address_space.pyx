@@ -157,7 +157,8 @@ cdef void pagemap_fill(MM *mm, u64 start, u64 pages, PageRow *rows) noexcept nog
                 row.dirty = pte & PTE_DIRTY != 0
                 row.young = pte & PTE_YOUNG != 0
                 row.zero = pte & PTE_ZERO != 0
-                if not row.zero:
+                row.swapped = pte & PTE_SWAP != 0
+                if pte & (PTE_PRESENT | PTE_ZERO) == PTE_PRESENT:
                     row.pfn = pte_pfn(pte)
                     row.shared = mapcount_of(atomic_load(&frame_at(mm.mem, row.pfn).counts)) > 1
             addr += PAGE_SIZE
@@ -741,25 +742,26 @@ cdef class AddressSpace:
     @property
     def stats(self):
         """
-        dict: ``faults`` and their kinds (``faults_zero _anon _file _reuse _cow``), ``map_count``, ``total_pages``,
-        ``rss_pages``; ``hooks`` (chains walked) and ``callbacks`` (run), by callback name; ``chain_nodes`` visited.
+        dict: ``faults`` and their kinds (``faults_zero _anon _file _reuse _cow _swap``), ``map_count``, ``total_pages``,
+        ``rss_pages``, ``swap_pages``; ``hooks`` (chains walked) and ``callbacks`` (run), by callback name; ``chain_nodes`` visited.
         Hooks are counted only where a chain exists.
         """
         cdef FaultCounts faults
         cdef HookCounts hooks
-        cdef u64 map_count, total_pages, rss
+        cdef u64 map_count, total_pages, rss, swapped
         self.look_begin()
         faults = self.mm.faults
         hooks = self.mm.hooks
         map_count = self.mm.map_count
         total_pages = self.mm.total_pages
         rss = self.mm.rss
+        swapped = self.mm.swapped
         self.look_end()
         return {
-            "faults": faults.zero + faults.anon + faults.file + faults.reuse + faults.cow,
+            "faults": faults.zero + faults.anon + faults.file + faults.reuse + faults.cow + faults.swap,
             "faults_zero": faults.zero, "faults_anon": faults.anon, "faults_file": faults.file,
-            "faults_reuse": faults.reuse, "faults_cow": faults.cow,
-            "map_count": map_count, "total_pages": total_pages, "rss_pages": rss,
+            "faults_reuse": faults.reuse, "faults_cow": faults.cow, "faults_swap": faults.swap,
+            "map_count": map_count, "total_pages": total_pages, "rss_pages": rss, "swap_pages": swapped,
             "hooks": hook_dict(hooks.walks), "callbacks": hook_dict(hooks.callbacks), "chain_nodes": hooks.cells,
         }
 

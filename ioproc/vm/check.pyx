@@ -62,10 +62,12 @@ cdef const char *vmas_broken(MM *mm) noexcept nogil:
     return reason
 
 
-cdef const char *tables_broken(MM *mm, u32 *mapped) noexcept nogil:
-    """Counts each frame's entries into mapped[], if that is not NULL."""
+cdef const char *tables_broken(MM *mm, u32 *mapped, u32 *slots) noexcept nogil:
+    """Counts each frame's entries into mapped[] and each swap slot's into slots[], if those are not NULL."""
     cdef u64 addr = 0
-    cdef u64 used, i, pte, stop, rss = 0
+    cdef u64 used, i, pte, stop
+    cdef u64 rss = 0
+    cdef u64 swapped = 0
     cdef const VMArea *vma = mm.first
     cdef Table *leaf
     while True:
@@ -81,11 +83,17 @@ cdef const char *tables_broken(MM *mm, u32 *mapped) noexcept nogil:
                     vma = vma.next
                 if vma == NULL or vma.start > addr + i * PAGE_SIZE:
                     return "an entry outside every VMA"
+                if pte & PTE_PRESENT and pte & PTE_SWAP or not pte & (PTE_PRESENT | PTE_SWAP):
+                    return "an entry neither present nor swapped"
                 if pte & PTE_WRITE and not vma.flags & VM_WRITE:
                     return "an entry with more rights than its VMA"
                 if pte & PTE_WRITE and not vma.flags & VM_SHARED and not pte & PTE_EXCLUSIVE:
                     return "a private page writable and not exclusive"
-                if not pte & PTE_ZERO:
+                if pte & PTE_SWAP:
+                    swapped += 1
+                    if slots != NULL:
+                        slots[pte_pfn(pte)] += 1
+                elif not pte & PTE_ZERO:
                     rss += 1
                     if mapped != NULL:
                         mapped[pte_pfn(pte)] += 1
@@ -94,6 +102,8 @@ cdef const char *tables_broken(MM *mm, u32 *mapped) noexcept nogil:
         addr = stop
     if rss != mm.rss:
         return "rss"
+    if swapped != mm.swapped:
+        return "swap entries"
     return NULL
 
 
@@ -104,7 +114,7 @@ def check_space(AddressSpace space not None):
     with nogil:
         reason = vmas_broken(space.mm)
         if reason == NULL:
-            reason = tables_broken(space.mm, NULL)
+            reason = tables_broken(space.mm, NULL, NULL)
     space.look_end()
     if reason != NULL:
         raise AssertionError(reason.decode())
@@ -117,15 +127,17 @@ def check_memory(PhysicalMemory memory not None, spaces):
     """
     cdef Memory *mem = memory.mem
     cdef u32 *mapped = <u32 *> calloc(mem.nframes + 1, sizeof(u32))
+    cdef u32 *slots = <u32 *> calloc(mem.nslots + 1, sizeof(u32))
     cdef AddressSpace space
     cdef const char *reason = NULL
-    cdef u64 pfn
+    cdef u64 pfn, number
     cdef u64 used = 0
-    if mapped == NULL:
-        raise MemoryError("check_memory")
+    cdef u64 swap_used = 0
     try:
+        if mapped == NULL or slots == NULL:
+            raise MemoryError("check_memory")
         for space in spaces:
-            reason = tables_broken(space.mm, mapped)
+            reason = tables_broken(space.mm, mapped, slots)
             if reason != NULL:
                 raise AssertionError(reason.decode())
         for pfn in range(1, mem.nframes + 1):
@@ -133,11 +145,24 @@ def check_memory(PhysicalMemory memory not None, spaces):
                 raise AssertionError(f"frame {pfn}: counts {mapcount_of(mem.frames[pfn].counts)} mappings, has {mapped[pfn]}")
             if mem.frames[pfn].counts:
                 used += 1
-                if mem.frames[pfn].owner == 0:
-                    raise AssertionError(f"frame {pfn}: in use without an owner")
+                if mem.frames[pfn].owner == 0 and mapped[pfn]:
+                    raise AssertionError(f"frame {pfn}: mapped without an owner")
             elif mem.frames[pfn].contents != NULL:
                 raise AssertionError(f"frame {pfn}: free with contents")
         if used != mem.nframes - mem.nfree or mem.nfree != mem.nreturned + mem.nframes + 1 - mem.fresh:
             raise AssertionError(f"{used} frames used, {mem.nfree} free of {mem.nframes}")
+        for number in range(1, mem.nslots + 1):
+            slot = mem.slots[number]
+            swap_used += slot.count != 0
+            # a page cache's is the one that no entry refers to
+            if slot.count != slots[number] and not (slot.count == 1 and slots[number] == 0):
+                raise AssertionError(f"swap slot {number}: counts {slot.count} entries, has {slots[number]}")
+            if slot.count == 0 and (slot.contents != NULL or slot.pfn):
+                raise AssertionError(f"swap slot {number}: free with contents")
+            if slot.pfn and mem.slot_of[slot.pfn] != number:
+                raise AssertionError(f"swap slot {number}: its frame {slot.pfn} does not know")
+        if swap_used != mem.swap_used or mem.swap_used != mem.fresh_slot - 1 - mem.nfree_slots:
+            raise AssertionError(f"{swap_used} swap slots used, not {mem.swap_used}")
     finally:
         free(mapped)
+        free(slots)

@@ -1,11 +1,12 @@
 # fork's copy of page-table entries.
 from libc.stdint cimport uint64_t as u64
-from ioproc.hooks.chain cimport WRPROTECT_PAGE, unlikely
+from ioproc.hooks.chain cimport WRPROTECT_PAGE, likely, unlikely
 from ioproc.vm.fire cimport fire_page
 from ioproc.vm.frames cimport frame_at, frame_map_again
 from ioproc.vm.mm cimport (
-    MM, PAGE_SIZE, PTE_EXCLUSIVE, PTE_WRITE, PTE_YOUNG, PTE_ZERO, Memory, Table, VMArea, HOOKED)
+    MM, PAGE_SIZE, PTE_EXCLUSIVE, PTE_PRESENT, PTE_SWAP, PTE_WRITE, PTE_YOUNG, PTE_ZERO, Memory, Table, VMArea, HOOKED)
 from ioproc.vm.page_table cimport leaf_drop, leaf_make, leaf_next, table_index
+from ioproc.vm.swap cimport swap_entry_copied
 
 
 cdef inline bint fork_range(MM *parent, MM *child, VMArea *vma) noexcept nogil:
@@ -42,9 +43,12 @@ cdef inline bint fork_range(MM *parent, MM *child, VMArea *vma) noexcept nogil:
                 leaf.entry[i] = pte
             copy.entry[i] = pte & ~<u64> PTE_YOUNG
             copied += 1
-            if not pte & PTE_ZERO:
+            if likely(pte & (PTE_PRESENT | PTE_ZERO) == PTE_PRESENT):
                 frames += 1
                 frame_map_again(frame_at(mem, pte >> 12))
+            elif pte & PTE_SWAP:
+                child.swapped += 1
+                swap_entry_copied(mem, pte)
         copy.used += copied
         if copied == 0:
             leaf_drop(child.root, addr)

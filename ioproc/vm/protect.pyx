@@ -146,7 +146,9 @@ cdef int mm_madvise(MM *mm, u64 start, u64 length, int advice) noexcept nogil:
             if vma.flags & VM_LOCKED or not vma_is_anonymous(vma):
                 return -EINVAL
             fire_range(mm, INVALIDATE_RANGE, vma, start, stop)
-            age_range(mm, start, stop)
+            batch_begin(&batch, mm.mem, 0)
+            free_range(mm, start, stop, &batch)
+            batch_end(&batch)
         elif advised_flags(vma.flags, advice) != vma.flags:
             error = vma_modify(mm, &vma, start, stop, advised_flags(vma.flags, advice), vma.chain)
             if error:
