@@ -54,12 +54,12 @@ cdef MM *mm_new(Memory *mem) noexcept nogil:
     if mm == NULL:
         return NULL
     mm.root = table_new()
-    if mm.root == NULL:
+    if mm.root == NULL or not tree_begin(mm):
+        free(mm.root)
         free(mm)
         return NULL
     pthread_mutex_init(&mm.lock, NULL)
     mm.mem = mem
-    mm.seed = 0x9e3779b97f4a7c15
     mm.max_map_count = 65530
     mm.limit_as = UINT64_MAX
     mm.limit_data = UINT64_MAX
@@ -81,6 +81,7 @@ cdef void mm_teardown(MM *mm) noexcept nogil:
 cdef void mm_free(MM *mm) noexcept nogil:
     """After mm_teardown."""
     table_free(mm.root, 3)
+    tree_end(mm)
     pthread_mutex_destroy(&mm.lock)
     free(mm)
 
