@@ -50,9 +50,9 @@ cdef class VMA:
     flags : int
         ``mmap.MAP_PRIVATE`` or ``MAP_SHARED``, with ``MAP_ANONYMOUS`` where it applies.
     file : File or None
-        None for anonymous memory, private or shared.
+        None for anonymous memory, private or shared, and for device memory, which is shared and not anonymous.
     offset : int
-        Of `start` in the file, bytes; 0 for private anonymous memory.
+        Of `start` in the file, bytes; 0 for private anonymous memory; the physical address for device memory.
     shared : bool
     """
     cdef readonly object start
@@ -77,7 +77,8 @@ cdef class VMA:
 
     def __repr__(self):
         letters = "".join(letter if self.prot & bit else "-" for letter, bit in zip("rwx", (1, 2, 4)))
-        kind = "anonymous" if self.file is None else f"{self.file!r} at {self.offset:#x}"
+        what = "device memory" if self.file is None else repr(self.file)
+        kind = "anonymous" if self.flags & MAP_ANONYMOUS else f"{what} at {self.offset:#x}"
         return f"<ioproc.VMA {self.start:#x}-{self.end:#x} {letters}{'s' if self.shared else 'p'} {kind}>"
 
 
@@ -93,7 +94,7 @@ cdef VMA vma_face(const VMArea *vma):
         face.offset = vma.pgoff << PAGE_SHIFT
     if vma.file == NULL or vma.file.anonymous:
         face.flags |= MAP_ANONYMOUS
-    else:
+    elif not vma.flags & VM_PFNMAP:
         face.file = face_of(vma.file)
         if face.file is None:
             face.file = file_face(vma.file, (<AddressSpace> vma.mm.face).mem)
@@ -170,8 +171,9 @@ cdef void pagemap_fill(MM *mm, u64 start, u64 pages, PageRow *rows) noexcept nog
                 row.dirty = pte & PTE_DIRTY != 0
                 row.young = pte & PTE_YOUNG != 0
                 row.zero = pte & PTE_ZERO != 0
-                if not row.zero:
+                if row.present and not row.zero:
                     row.pfn = pte_pfn(pte)
+                if not pte & PTE_UNCOUNTED:
                     row.shared = mapcount_of(atomic_load(&frame_at(mm.mem, row.pfn).counts)) > 1
             addr += PAGE_SIZE
 
@@ -353,6 +355,66 @@ cdef class AddressSpace:
         self.leave()
         if result < 0:
             raise syscall_error(result, "mmap")
+        return result
+
+    def mmap_device(self, length, pfn, prot=_mmap.PROT_READ | _mmap.PROT_WRITE, *, addr=None):
+        """
+        Map device memory, as a driver's mmap does with remap_pfn_range: shared, all entries present at once;
+        ``invalidate_range`` for the range, then ``update_range``.
+
+        Such a mapping never merges, grows or becomes resident; fork copies its entries.  MADV_DONTNEED is EINVAL, mlock
+        passes over it.  Device memory keeps what is written to it, whoever maps it.
+
+        Parameters
+        ----------
+        length : int
+            Bytes, rounded up to pages.
+        pfn : int
+            The device's first page frame number, above those of `mem` and below 2**36.
+        prot : int
+        addr : int, optional
+            A hint.
+
+        Returns
+        -------
+        int
+            The address.
+        """
+        cdef u64 at = 0 if addr is None else as_u64(addr, "addr")
+        cdef u64 bytes_ = as_u64(length, "length")
+        cdef u64 first = as_u64(pfn, "pfn")
+        cdef u64 protection = as_u64(prot, "prot")
+        cdef i64 result
+        if first <= self.mm.mem.nframes or first >= 1ULL << 36 or bytes_ > (1ULL << 48) - (first << PAGE_SHIFT):
+            raise ValueError(f"pfn = {pfn}: a device's are above {self.mm.mem.nframes} and below 2**36")
+        self.enter()
+        with nogil:
+            result = mm_mmap_device(self.mm, at, bytes_, protection, first)
+        self.leave()
+        if result < 0:
+            raise syscall_error(result, "mmap_device")
+        return result
+
+    def zeromap(self, length, prot=_mmap.PROT_READ | _mmap.PROT_WRITE, *, addr=None):
+        """
+        Map private anonymous memory with the zero page everywhere at once, as Linux 2.6.12 did for a private mapping of
+        /dev/zero: ``invalidate_range`` for the range, then ``update_range``.  A later write copies.
+
+        Returns
+        -------
+        int
+            The address; `addr` is a hint.
+        """
+        cdef u64 at = 0 if addr is None else as_u64(addr, "addr")
+        cdef u64 bytes_ = as_u64(length, "length")
+        cdef u64 protection = as_u64(prot, "prot")
+        cdef i64 result
+        self.enter()
+        with nogil:
+            result = mm_zeromap(self.mm, at, bytes_, protection)
+        self.leave()
+        if result < 0:
+            raise syscall_error(result, "zeromap")
         return result
 
     def munmap(self, addr, length):
@@ -799,13 +861,13 @@ cdef int mm_copy(MM *mm, u64 addr, char *data, u64 count, bint write, u64 *compl
         if why:
             break
         if write:
-            contents = frame_contents(mm.mem, pte_pfn(pte[0]))
+            contents = page_contents(mm.mem, pte[0], True)
             if contents == NULL:
                 why = ACCESS_OOM
                 break
             memcpy(contents + offset, data, part)
         else:
-            contents = NULL if pte[0] & PTE_ZERO else frame_at(mm.mem, pte_pfn(pte[0])).contents
+            contents = page_contents(mm.mem, pte[0], False)
             if contents != NULL:
                 memcpy(data, contents + offset, part)
             else:
@@ -815,6 +877,15 @@ cdef int mm_copy(MM *mm, u64 addr, char *data, u64 count, bint write, u64 *compl
         completed[0] += part
     batch_end(&batch)
     return why
+
+
+cdef char *page_contents(Memory *mem, u64 pte, bint write) noexcept nogil:
+    """The buffer of a present page, made for the first write; NULL: zeros, or no memory to write to."""
+    if pte & PTE_SPECIAL:
+        return device_contents(mem, pte_pfn(pte), write)
+    if write:
+        return frame_contents(mem, pte_pfn(pte))
+    return NULL if pte & PTE_ZERO else frame_at(mem, pte_pfn(pte)).contents
 
 
 cdef char *frame_contents(Memory *mem, u64 pfn) noexcept nogil:

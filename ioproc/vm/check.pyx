@@ -85,7 +85,7 @@ cdef const char *tables_broken(MM *mm, u32 *mapped) noexcept nogil:
                     return "an entry with more rights than its VMA"
                 if pte & PTE_WRITE and not vma.flags & VM_SHARED and not pte & PTE_EXCLUSIVE:
                     return "a private page writable and not exclusive"
-                if not pte & PTE_ZERO:
+                if not pte & PTE_UNCOUNTED:
                     rss += 1
                     if mapped != NULL:
                         mapped[pte_pfn(pte)] += 1

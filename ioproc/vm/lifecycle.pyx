@@ -86,6 +86,7 @@ cdef Memory *memory_new(u64 frames) noexcept nogil:
 
 cdef void memory_free(Memory *mem) noexcept nogil:
     pthread_mutex_destroy(&mem.lock)
+    device_free(mem)
     free(mem.frames)
     free(mem.returned)
     free(mem)
@@ -143,6 +144,8 @@ cdef bint fork_vmas(MM *parent, MM *child) noexcept nogil:
             vma_insert(child, copy)
             # what was never written privately can be faulted in again
             if not done or (vma.anon != NULL and not fork_range(parent, child, vma)):
+                return False
+            if vma.flags & VM_PFNMAP and not fork_shared_range(parent, child, vma):
                 return False
         vma = vma.next
     return True

@@ -135,7 +135,7 @@ cdef class PhysicalMemory:
             if not space.look_begin(False):
                 continue
             pte = pte_find(space.mm.root, addr)
-            mapped = pte != NULL and pte[0] & PTE_PRESENT and not pte[0] & PTE_ZERO and pte_pfn(pte[0]) == number
+            mapped = pte != NULL and pte[0] & PTE_PRESENT and not pte[0] & PTE_UNCOUNTED and pte_pfn(pte[0]) == number
             space.look_end()
             if mapped and (space, addr) not in found:       # a VMA being split is listed twice for a moment
                 found.append((space, addr))

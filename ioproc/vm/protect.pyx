@@ -136,7 +136,7 @@ cdef int mm_madvise(MM *mm, u64 start, u64 length, int advice) noexcept nogil:
             start = vma.start
         stop = vma.end if vma.end < end else end
         if advice == MADV_DONTNEED:
-            if vma.flags & VM_LOCKED:
+            if vma.flags & (VM_LOCKED | VM_PFNMAP):
                 return -EINVAL
             fire_range(mm, INVALIDATE_RANGE, vma, start, stop)
             batch_begin(&batch, mm.mem, 0)
@@ -147,6 +147,8 @@ cdef int mm_madvise(MM *mm, u64 start, u64 length, int advice) noexcept nogil:
                 return -EINVAL
             fire_range(mm, INVALIDATE_RANGE, vma, start, stop)
             age_range(mm, start, stop)
+        elif vma.flags & VM_SPECIAL and (advice == MADV_DOFORK or advice == MADV_DODUMP):
+            return -EINVAL
         elif advised_flags(vma.flags, advice) != vma.flags:
             error = vma_modify(mm, &vma, start, stop, advised_flags(vma.flags, advice), vma.chain)
             if error:

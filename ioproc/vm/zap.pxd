@@ -2,8 +2,8 @@
 from libc.stdint cimport uint64_t as u64
 from ioproc.vm.frames cimport FrameBatch, frame_unmap
 from ioproc.vm.mm cimport (
-    MM, PAGE_SIZE, PTE_DIRTY, PTE_EXCLUSIVE, PTE_PRESENT, PTE_USER, PTE_WRITE, PTE_YOUNG, PTE_ZERO, VM_ACCESS, VM_SHARED,
-    VM_WRITE, Table, VMArea)
+    MM, PAGE_SIZE, PTE_DIRTY, PTE_EXCLUSIVE, PTE_PRESENT, PTE_UNCOUNTED, PTE_USER, PTE_WRITE, PTE_YOUNG, PTE_ZERO, VM_ACCESS,
+    VM_SHARED, VM_WRITE, Table, VMArea)
 from ioproc.vm.page_table cimport leaf_drop, leaf_find, leaf_make, leaf_next, pte_set, table_index
 
 
@@ -24,7 +24,7 @@ cdef inline void zap_range(MM *mm, u64 start, u64 end, FrameBatch *batch) noexce
             if pte:
                 leaf.entry[i] = 0
                 cleared += 1
-                if not pte & PTE_ZERO:
+                if not pte & PTE_UNCOUNTED:
                     frames += 1
                     frame_unmap(batch, pte >> 12)
         leaf.used -= cleared
