@@ -217,6 +217,8 @@ cdef class AddressSpace:
         Where the heap begins.
     rlimits : dict, optional
         Bytes, by name: ``"AS"``, ``"DATA"``; missing: unlimited.
+    nonlinear : bool
+        `remap_file_pages` as in Linux 2.6.12.
     """
     cdef MM *mm
     cdef readonly PhysicalMemory mem
@@ -224,7 +226,8 @@ cdef class AddressSpace:
     cdef int looking            # looks of the thread that already had the lock
     cdef object __weakref__
 
-    def __cinit__(self, PhysicalMemory mem not None, *, max_map_count=65530, start_brk=0x555555756000, rlimits=None):
+    def __cinit__(self, PhysicalMemory mem not None, *, max_map_count=65530, start_brk=0x555555756000, rlimits=None,
+                  nonlinear=False):
         cdef u64 count = as_u64(max_map_count, "max_map_count")
         cdef u64 brk = as_u64(start_brk, "start_brk")
         cdef dict limits = dict(rlimits or {})
@@ -240,6 +243,7 @@ cdef class AddressSpace:
         self.mm.brk = brk
         self.mm.limit_as = limit_as
         self.mm.limit_data = limit_data
+        self.mm.nonlinear = nonlinear
 
     cdef int adopt(self, PhysicalMemory mem, MM *mm) except -1:
         if mm == NULL:
@@ -508,6 +512,30 @@ cdef class AddressSpace:
         if result < 0:
             raise syscall_error(result, "mremap with MREMAP_DONTUNMAP")
         return result
+
+    def remap_file_pages(self, addr, length, page_offset):
+        """
+        Show other pages of a shared mapping's file in [addr, addr + length), rounded down to pages.
+
+        Today's kernel maps the range anew, and so does this: ``invalidate_range``, then ``update_page`` as the pages are
+        populated.  An address space made with ``nonlinear=True`` does as 2.6.12 did: the VMA stays whole, and page by page
+        ``invalidate_page`` fires if one was present, then ``update_page``.
+
+        Parameters
+        ----------
+        page_offset : int
+            The file's page that `addr` is to show.
+        """
+        cdef u64 at = as_u64(addr, "addr")
+        cdef u64 bytes_ = as_u64(length, "length")
+        cdef u64 first = as_u64(page_offset, "page_offset")
+        cdef int error
+        self.enter()
+        with nogil:
+            error = mm_remap_file_pages(self.mm, at, bytes_, first)
+        self.leave()
+        if error:
+            raise syscall_error(error, "remap_file_pages")
 
     def brk(self, addr=None):
         """Move the end of the heap; None only asks.  Returns it: unchanged where the kernel would refuse."""

@@ -81,6 +81,8 @@ cdef const char *tables_broken(MM *mm, u32 *mapped) noexcept nogil:
                     vma = vma.next
                 if vma == NULL or vma.start > addr + i * PAGE_SIZE:
                     return "an entry outside every VMA"
+                if not pte & PTE_PRESENT and not vma.flags & VM_NONLINEAR:
+                    return "an entry neither empty nor present"
                 if pte & PTE_WRITE and not vma.flags & VM_WRITE:
                     return "an entry with more rights than its VMA"
                 if pte & PTE_WRITE and not vma.flags & VM_SHARED and not pte & PTE_EXCLUSIVE:

@@ -5,9 +5,9 @@ from ioproc.vm.fire cimport fire_page
 from ioproc.vm.frames cimport (
     ONE_REFERENCE, Frame, FrameBatch, batch_free, batch_take, frame_at, frame_copy_contents, frame_unmap, pool_take)
 from ioproc.vm.mm cimport (
-    MM, PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, PTE_DIRTY, PTE_EXCLUSIVE, PTE_PRESENT, PTE_USER, PTE_WRITE, PTE_YOUNG, PTE_ZERO,
-    VM_ACCESS, VM_SHARED, VM_WRITE, AnonVMA, FileCache, Memory, Table, VMArea, atomic_add, atomic_load, atomic_store, check,
-    page_align, pthread_mutex_lock, pthread_mutex_unlock, vma_index)
+    MM, PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, PTE_DIRTY, PTE_EXCLUSIVE, PTE_PRESENT, PTE_SPECIAL, PTE_USER, PTE_WRITE,
+    PTE_YOUNG, PTE_ZERO, VM_ACCESS, VM_SHARED, VM_WRITE, AnonVMA, FileCache, Memory, Table, VMArea, atomic_add, atomic_load,
+    atomic_store, check, page_align, pthread_mutex_lock, pthread_mutex_unlock, vma_index)
 from ioproc.vm.page_table cimport leaf_drop, leaf_end, leaf_find, leaf_make, pte_set, table_index
 from ioproc.vm.rmap cimport anon_is_singular, anon_join, anon_new
 from ioproc.vm.vma cimport vma_find
@@ -132,10 +132,9 @@ cdef inline int fault_anonymous(MM *mm, VMArea *vma, u64 addr, Table *leaf, bint
     return ACCESS_OK
 
 
-cdef inline int fault_file(MM *mm, VMArea *vma, u64 addr, Table *leaf, bint write, FrameBatch *batch) noexcept nogil:
+cdef inline int fault_file(MM *mm, VMArea *vma, u64 addr, u64 index, Table *leaf, bint write, FrameBatch *batch) noexcept nogil:
     cdef Memory *mem = mm.mem
     cdef FileCache *file = vma.file
-    cdef u64 index = vma_index(vma, addr)
     cdef u64 bits = PTE_YOUNG | vma_pte_bits(vma)
     cdef bint copy = write and not vma.flags & VM_SHARED
     cdef u64 pfn, page
@@ -170,6 +169,18 @@ cdef inline int fault_file(MM *mm, VMArea *vma, u64 addr, Table *leaf, bint writ
     mm.faults.file += 1
     fire_page(mm, UPDATE_PAGE, vma, addr)
     return ACCESS_OK
+
+
+cdef inline int fault_nonlinear(MM *mm, VMArea *vma, u64 addr, Table *leaf, bint write, FrameBatch *batch) noexcept nogil:
+    """The entry says which page of the file belongs here."""
+    cdef u64 kept = leaf.entry[table_index(addr, 0)]
+    cdef int result
+    leaf.entry[table_index(addr, 0)] = 0
+    leaf.used -= 1
+    result = fault_file(mm, vma, addr, pte_pfn(kept), leaf, write, batch)
+    if result != ACCESS_OK:
+        pte_set(leaf, table_index(addr, 0), kept)
+    return result
 
 
 cdef inline int fault_write_protect(MM *mm, VMArea *vma, u64 addr, u64 *pte, FrameBatch *batch) noexcept nogil:
@@ -215,7 +226,9 @@ cdef inline int fault_page(MM *mm, VMArea *vma, u64 addr, Table *leaf, bint writ
         return fault_write_protect(mm, vma, addr, pte, batch)
     if vma.file == NULL:
         return fault_anonymous(mm, vma, addr, leaf, write, batch)
-    return fault_file(mm, vma, addr, leaf, write, batch)
+    if unlikely(pte[0] & PTE_SPECIAL):
+        return fault_nonlinear(mm, vma, addr, leaf, write, batch)
+    return fault_file(mm, vma, addr, vma_index(vma, addr), leaf, write, batch)
 
 
 cdef inline int fault(MM *mm, VMArea *vma, u64 addr, Table **leaf, bint write, FrameBatch *batch) noexcept nogil:

@@ -145,7 +145,7 @@ cdef bint fork_vmas(MM *parent, MM *child) noexcept nogil:
             # what was never written privately can be faulted in again
             if not done or (vma.anon != NULL and not fork_range(parent, child, vma)):
                 return False
-            if vma.flags & VM_PFNMAP and not fork_shared_range(parent, child, vma):
+            if vma.flags & (VM_PFNMAP | VM_NONLINEAR) and not fork_shared_range(parent, child, vma):
                 return False
         vma = vma.next
     return True
@@ -160,6 +160,7 @@ cdef MM *mm_fork(MM *parent) noexcept nogil:
     child.attaches = parent.attaches
     child.brk = parent.brk
     child.max_map_count = parent.max_map_count
+    child.nonlinear = parent.nonlinear
     child.limit_as = parent.limit_as
     child.limit_data = parent.limit_data
     if not fork_vmas(parent, child):

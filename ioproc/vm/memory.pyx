@@ -164,7 +164,7 @@ cdef u64 *rmap_candidates(const Frame *frame, u64 *count) noexcept nogil:
     elif owner:
         vma = (<const FileCache *> owner).mappings
         while vma != NULL:
-            room += 1
+            room += vma_pages(vma) if vma.flags & VM_NONLINEAR else 1
             vma = vma.file_above
         vma = (<const FileCache *> owner).mappings
     if room == 0:
@@ -183,7 +183,14 @@ cdef u64 *rmap_candidates(const Frame *frame, u64 *count) noexcept nogil:
 
 
 cdef void rmap_candidate(const VMArea *vma, u64 index, u64 *spots, u64 *count) noexcept nogil:
-    if vma.pgoff <= index and index < vma_index(vma, vma.end):
+    cdef u64 addr = vma.start
+    if vma.flags & VM_NONLINEAR:            # anywhere
+        while addr < vma.end:
+            spots[2 * count[0]] = <u64> vma.mm
+            spots[2 * count[0] + 1] = addr
+            count[0] += 1
+            addr += PAGE_SIZE
+    elif vma.pgoff <= index and index < vma_index(vma, vma.end):
         spots[2 * count[0]] = <u64> vma.mm
         spots[2 * count[0] + 1] = vma.start + ((index - vma.pgoff) << PAGE_SHIFT)
         count[0] += 1

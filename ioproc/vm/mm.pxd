@@ -55,6 +55,7 @@ cdef enum:
     VM_ACCOUNT = 0x100000
     VM_NORESERVE = 0x200000
     VM_SYSV_SHM = 0x400000      # an attached shared-memory segment: what shmdt looks for
+    VM_NONLINEAR = 0x800000     # 2.6.12's remap_file_pages: pages in any order
     VM_DONTDUMP = 0x4000000
     VM_HUGEPAGE = 0x20000000
     VM_NOHUGEPAGE = 0x40000000
@@ -67,7 +68,7 @@ cdef enum:
     PTE_USER = 0x4              # clear: PROT_NONE
     PTE_YOUNG = 0x20
     PTE_DIRTY = 0x40
-    PTE_SPECIAL = 0x100         # no frame of ours: device memory
+    PTE_SPECIAL = 0x100         # no frame of ours: device memory; not present: the page offset that VM_NONLINEAR has here
     PTE_ZERO = 0x200            # the shared zero page: not counted, no reverse map
     PTE_EXCLUSIVE = 0x400       # an anonymous page no other address space can map
     PTE_UNCOUNTED = PTE_ZERO | PTE_SPECIAL      # frames and rss know nothing of it
@@ -175,6 +176,7 @@ cdef struct MM:
     HookCounts hooks
     FaultCounts faults
     u64 owner                   # the thread that holds the lock, 0: nobody
+    bint nonlinear              # remap_file_pages as in 2.6.12
     bint dead                   # exited
     void *face                  # the Python object, borrowed; under the GIL
 

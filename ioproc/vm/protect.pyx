@@ -140,7 +140,10 @@ cdef int mm_madvise(MM *mm, u64 start, u64 length, int advice) noexcept nogil:
                 return -EINVAL
             fire_range(mm, INVALIDATE_RANGE, vma, start, stop)
             batch_begin(&batch, mm.mem, 0)
-            zap_range(mm, start, stop, &batch)
+            if vma.flags & VM_NONLINEAR:
+                zap_nonlinear(mm, vma, start, stop, 0, &batch)
+            else:
+                zap_range(mm, start, stop, &batch)
             batch_end(&batch)
         elif advice == MADV_FREE:
             if vma.flags & VM_LOCKED or not vma_is_anonymous(vma):
