@@ -101,19 +101,6 @@ cdef VMA vma_face(const VMArea *vma):
     return face
 
 
-cdef File file_face(FileCache *file, PhysicalMemory mem):
-    """A new face for a file whose Python object is gone."""
-    cdef File face = File.__new__(File, mem, 0)
-    cdef FileCache *empty = face.file
-    del faces[<size_t> empty]
-    face.file = file
-    with nogil:
-        file_hold(file)
-        file_put(empty)
-    faces[<size_t> file] = ref(face)
-    return face
-
-
 cdef VMArea *vmas_copy(MM *mm, u64 *count) noexcept nogil:
     """The VMAs, with their files held, to look at without the lock; NULL with *count nonzero: no memory."""
     cdef VMArea *copies = <VMArea *> malloc((mm.map_count + 1) * sizeof(VMArea))

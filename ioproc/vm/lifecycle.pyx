@@ -1,66 +1,10 @@
-# The beginning and end of address spaces, files and physical memory; fork.
+# The beginning and end of address spaces and physical memory; fork.
 from libc.stdint cimport UINT64_MAX
 
 cdef extern from "<sys/mman.h>" nogil:
     int madvise(void *addr, size_t length, int advice)
     enum:
         HOST_MADV_HUGEPAGE "MADV_HUGEPAGE"
-
-
-cdef FileCache *file_new(Memory *mem, u64 size) noexcept nogil:
-    """With one reference for the caller; NULL: no memory."""
-    cdef FileCache *file = <FileCache *> calloc(1, sizeof(FileCache))
-    if file == NULL:
-        return NULL
-    file.pages = table_new()
-    if file.pages == NULL:
-        free(file)
-        return NULL
-    file.mem = mem
-    file.size = size
-    file.refs = 1
-    return file
-
-
-cdef void file_free(FileCache *file) noexcept nogil:
-    """Nobody refers to it any more: its page cache goes."""
-    cdef Memory *mem = file.mem
-    cdef FrameBatch batch
-    cdef Table *leaf
-    cdef u64 addr = 0
-    cdef u64 stop
-    cdef u64 i
-    batch_begin(&batch, mem, 0)
-    while True:
-        leaf = leaf_next(file.pages, &addr, 1ULL << 48, &stop)
-        if leaf == NULL:
-            break
-        for i in range(512):
-            if leaf.entry[i]:
-                batch_free(&batch, leaf.entry[i])
-        addr = stop
-    batch_end(&batch)
-    # whoever found the file by a frame's owner did so under this lock: wait for him
-    pthread_mutex_lock(&mem.lock)
-    pthread_mutex_unlock(&mem.lock)
-    table_free(file.pages, 3)
-    free(file)
-
-
-cdef void file_hold(FileCache *file) noexcept nogil:
-    pthread_mutex_lock(&file.mem.lock)
-    file.refs += 1
-    pthread_mutex_unlock(&file.mem.lock)
-
-
-cdef void file_put(FileCache *file) noexcept nogil:
-    cdef bint last
-    pthread_mutex_lock(&file.mem.lock)
-    file.refs -= 1
-    last = file.refs == 0
-    pthread_mutex_unlock(&file.mem.lock)
-    if last:
-        file_free(file)
 
 
 cdef Memory *memory_new(u64 frames) noexcept nogil:
