@@ -97,7 +97,9 @@ cdef const char *tables_broken(MM *mm, u32 *mapped, u32 *slots) noexcept nogil:
                     vma = vma.next
                 if vma == NULL or vma.start > addr + i * PAGE_SIZE:
                     return "an entry outside every VMA"
-                if pte & PTE_PRESENT and pte & PTE_SWAP or not pte & (PTE_PRESENT | PTE_SWAP):
+                if pte & PTE_PRESENT and pte & PTE_SWAP:
+                    return "an entry present and swapped"
+                if not pte & (PTE_PRESENT | PTE_SWAP) and not vma.flags & VM_NONLINEAR:
                     return "an entry neither present nor swapped"
                 if pte & PTE_WRITE and not vma.flags & VM_WRITE:
                     return "an entry with more rights than its VMA"
@@ -107,7 +109,7 @@ cdef const char *tables_broken(MM *mm, u32 *mapped, u32 *slots) noexcept nogil:
                     swapped += 1
                     if slots != NULL:
                         slots[pte_pfn(pte)] += 1
-                elif not pte & PTE_ZERO:
+                elif not pte & PTE_UNCOUNTED:
                     rss += 1
                     if mapped != NULL:
                         mapped[pte_pfn(pte)] += 1

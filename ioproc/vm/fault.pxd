@@ -6,9 +6,10 @@ from ioproc.vm.frames cimport (
     ONE_REFERENCE, Frame, FrameBatch, batch_free, batch_put_back, batch_take, frame_at, frame_copy_contents, frame_put,
     frame_unmap, mapcount_of, pool_take)
 from ioproc.vm.mm cimport (
-    MM, OWNER_ANON, OWNER_DIRTY, PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, PTE_DIRTY, PTE_EXCLUSIVE, PTE_PRESENT, PTE_USER, PTE_WRITE,
-    PTE_YOUNG, PTE_ZERO, VM_ACCESS, VM_LOCKED, VM_SHARED, VM_WRITE, AnonVMA, FileCache, Memory, Slot, Table, VMArea, atomic_add,
-    atomic_load, atomic_store, check, page_align, pthread_mutex_lock, pthread_mutex_unlock, vma_index)
+    MM, OWNER_ANON, OWNER_DIRTY, PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, PTE_DIRTY, PTE_EXCLUSIVE, PTE_PRESENT, PTE_SPECIAL,
+    PTE_SWAP, PTE_USER, PTE_WRITE, PTE_YOUNG, PTE_ZERO, VM_ACCESS, VM_LOCKED, VM_SHARED, VM_WRITE, AnonVMA, FileCache, Memory,
+    Slot, Table, VMArea, atomic_add, atomic_load, atomic_store, check, page_align, pthread_mutex_lock, pthread_mutex_unlock,
+    vma_index)
 from ioproc.vm.page_table cimport leaf_drop, leaf_end, leaf_find, leaf_make, pte_set, table_index
 from ioproc.vm.reclaim cimport RECLAIM_TRIES, reclaim_some
 from ioproc.vm.rmap cimport anon_is_singular, anon_join, anon_new, anon_root
@@ -152,10 +153,9 @@ cdef inline int fault_anonymous(MM *mm, VMArea *vma, u64 addr, Table *leaf, bint
     return ACCESS_OK
 
 
-cdef inline int fault_file(MM *mm, VMArea *vma, u64 addr, Table *leaf, bint write, FrameBatch *batch) noexcept nogil:
+cdef inline int fault_file(MM *mm, VMArea *vma, u64 addr, u64 index, Table *leaf, bint write, FrameBatch *batch) noexcept nogil:
     cdef Memory *mem = mm.mem
     cdef FileCache *file = vma.file
-    cdef u64 index = vma_index(vma, addr)
     cdef u64 bits = PTE_YOUNG | vma_pte_bits(vma)
     cdef bint copy = write and not vma.flags & VM_SHARED
     cdef u64 pfn = 0
@@ -195,6 +195,18 @@ cdef inline int fault_file(MM *mm, VMArea *vma, u64 addr, Table *leaf, bint writ
     mm.faults.file += 1
     fire_page(mm, UPDATE_PAGE, vma, addr)
     return ACCESS_OK
+
+
+cdef inline int fault_nonlinear(MM *mm, VMArea *vma, u64 addr, Table *leaf, bint write, FrameBatch *batch) noexcept nogil:
+    """The entry says which page of the file belongs here."""
+    cdef u64 kept = leaf.entry[table_index(addr, 0)]
+    cdef int result
+    leaf.entry[table_index(addr, 0)] = 0
+    leaf.used -= 1
+    result = fault_file(mm, vma, addr, pte_pfn(kept), leaf, write, batch)
+    if result != ACCESS_OK:
+        pte_set(leaf, table_index(addr, 0), kept)
+    return result
 
 
 cdef inline int fault_write_protect(MM *mm, VMArea *vma, u64 addr, u64 *pte, FrameBatch *batch) noexcept nogil:
@@ -305,10 +317,12 @@ cdef inline int fault_page(MM *mm, VMArea *vma, u64 addr, Table *leaf, bint writ
     if pte[0] & PTE_PRESENT:
         return fault_write_protect(mm, vma, addr, pte, batch)
     if unlikely(pte[0] != 0):
-        return fault_swap(mm, vma, addr, pte, write, batch)
+        if pte[0] & PTE_SWAP:
+            return fault_swap(mm, vma, addr, pte, write, batch)
+        return fault_nonlinear(mm, vma, addr, leaf, write, batch)
     if vma.file == NULL:
         return fault_anonymous(mm, vma, addr, leaf, write, batch)
-    return fault_file(mm, vma, addr, leaf, write, batch)
+    return fault_file(mm, vma, addr, vma_index(vma, addr), leaf, write, batch)
 
 
 cdef inline int fault(MM *mm, VMArea *vma, u64 addr, Table **leaf, bint write, FrameBatch *batch) noexcept nogil:

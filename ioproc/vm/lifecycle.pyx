@@ -36,6 +36,7 @@ cdef void memory_release(Memory *mem) noexcept nogil:
     if mem.victims != NULL:
         free(mem.victims.rows)
         free(mem.victims)
+    device_free(mem)
     free(mem.frames)
     free(mem.returned)
     free(mem.slots)
@@ -103,6 +104,8 @@ cdef bint fork_vmas(MM *parent, MM *child) noexcept nogil:
             # what was never written privately can be faulted in again
             if not done or (vma.anon != NULL and not fork_range(parent, child, vma)):
                 return False
+            if vma.flags & (VM_PFNMAP | VM_NONLINEAR) and not fork_shared_range(parent, child, vma):
+                return False
         vma = vma.next
     return True
 
@@ -117,6 +120,7 @@ cdef MM *mm_fork(MM *parent) noexcept nogil:
     child.attaches = parent.attaches
     child.brk = parent.brk
     child.max_map_count = parent.max_map_count
+    child.nonlinear = parent.nonlinear
     child.limit_as = parent.limit_as
     child.limit_data = parent.limit_data
     mm_lock(child)                          # reclaim may find it by what it shares

@@ -269,7 +269,7 @@ cdef class PhysicalMemory:
             if not space.look_begin(False):
                 continue
             pte = pte_find(space.mm.root, addr)
-            mapped = pte != NULL and pte[0] & PTE_PRESENT and not pte[0] & PTE_ZERO and pte_pfn(pte[0]) == number
+            mapped = pte != NULL and pte[0] & PTE_PRESENT and not pte[0] & PTE_UNCOUNTED and pte_pfn(pte[0]) == number
             space.look_end()
             if mapped and (space, addr) not in found:       # a VMA being split is listed twice for a moment
                 found.append((space, addr))
@@ -298,7 +298,7 @@ cdef u64 *rmap_candidates(const Frame *frame, u64 *count) noexcept nogil:
     elif owner:
         vma = (<const FileCache *> (owner & ~<u64> OWNER_BITS)).mappings
         while vma != NULL:
-            room += 1
+            room += vma_pages(vma) if vma.flags & VM_NONLINEAR else 1
             vma = vma.file_above
         vma = (<const FileCache *> (owner & ~<u64> OWNER_BITS)).mappings
     if room == 0:
@@ -317,7 +317,14 @@ cdef u64 *rmap_candidates(const Frame *frame, u64 *count) noexcept nogil:
 
 
 cdef void rmap_candidate(const VMArea *vma, u64 index, u64 *spots, u64 *count) noexcept nogil:
-    if vma.pgoff <= index and index < vma_index(vma, vma.end):
+    cdef u64 addr = vma.start
+    if vma.flags & VM_NONLINEAR:            # anywhere
+        while addr < vma.end:
+            spots[2 * count[0]] = <u64> vma.mm
+            spots[2 * count[0] + 1] = addr
+            count[0] += 1
+            addr += PAGE_SIZE
+    elif vma.pgoff <= index and index < vma_index(vma, vma.end):
         spots[2 * count[0]] = <u64> vma.mm
         spots[2 * count[0] + 1] = vma.start + ((index - vma.pgoff) << PAGE_SHIFT)
         count[0] += 1

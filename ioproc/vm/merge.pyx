@@ -101,6 +101,8 @@ cdef bint is_counted(const VMArea *vma) noexcept nogil:
 cdef bint may_merge(const Proposed *want, const VMArea *with_vma) noexcept nogil:
     if with_vma.flags != want.flags or with_vma.file != want.file or with_vma.chain != want.chain:
         return False
+    if want.flags & VM_SPECIAL:
+        return False
     if with_vma.attach != want.attach:      # the kernel has another file object for each
         return False
     if with_vma.anon == NULL and want.anon != NULL:

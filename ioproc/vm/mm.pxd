@@ -46,27 +46,34 @@ cdef enum:
     VM_ACCESS = 0x7
     VM_MAYACCESS = 0x70
     VM_GROWSDOWN = 0x100
+    VM_PFNMAP = 0x400           # device memory: entries that no frame stands behind
     VM_LOCKED = 0x2000
+    VM_IO = 0x4000
     VM_SEQ_READ = 0x8000
     VM_RAND_READ = 0x10000
     VM_DONTCOPY = 0x20000
+    VM_DONTEXPAND = 0x40000
     VM_ACCOUNT = 0x100000
     VM_NORESERVE = 0x200000
     VM_SYSV_SHM = 0x400000      # an attached shared-memory segment: what shmdt looks for
+    VM_NONLINEAR = 0x800000     # 2.6.12's remap_file_pages: pages in any order
     VM_DONTDUMP = 0x4000000
     VM_HUGEPAGE = 0x20000000
     VM_NOHUGEPAGE = 0x40000000
+    VM_SPECIAL = VM_PFNMAP | VM_IO | VM_DONTEXPAND      # never merges
 
-# Page-table entries: the x86 bits, and two of the software's.
+# Page-table entries: the x86 bits, and the software's.
 cdef enum:
     PTE_PRESENT = 0x1
     PTE_WRITE = 0x2
     PTE_USER = 0x4              # clear: PROT_NONE
     PTE_YOUNG = 0x20
     PTE_DIRTY = 0x40
+    PTE_SPECIAL = 0x100         # no frame of ours: device memory; not present: the page offset that VM_NONLINEAR has here
     PTE_ZERO = 0x200            # the shared zero page: not counted, no reverse map
     PTE_EXCLUSIVE = 0x400       # an anonymous page no other address space can map
     PTE_SWAP = 0x800            # not present: the page is in the swap slot where else its frame's number is
+    PTE_UNCOUNTED = PTE_ZERO | PTE_SPECIAL | PTE_SWAP       # rss and the counts of frames know nothing of it
 
 # Frame.owner, beside the pointer.
 cdef enum:
@@ -116,6 +123,7 @@ cdef struct Memory:
     u64 swap_used
     ReclaimCounts reclaim
     Victims *victims            # NULL: nobody asks
+    Table *device               # what was written to device memory: pfn -> PAGE_SIZE bytes; NULL: nothing
     pthread_mutex_t lock
 
 cdef struct Table:              # one node of a page table: an entry is a PTE or a Table *
@@ -217,6 +225,7 @@ cdef struct MM:
     HookCounts hooks
     FaultCounts faults
     u64 owner                   # the thread that holds the lock, 0: nobody
+    bint nonlinear              # remap_file_pages as in 2.6.12
     bint dead                   # exited
     void *face                  # the Python object, borrowed; under the GIL
 

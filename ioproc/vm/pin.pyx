@@ -11,6 +11,8 @@ cdef int mm_pin(MM *mm, u64 start, u64 end, bint write, u64 *pfns) noexcept nogi
     batch_begin(&batch, mm.mem, (end - start) >> PAGE_SHIFT)
     while addr < end:
         why = access_page(mm, addr, write, &batch, &pte)
+        if why == ACCESS_OK and pte[0] & PTE_SPECIAL:           # no frame of ours
+            why = ACCESS_SEGV
         if why:
             break
         pfns[(addr - start) >> PAGE_SHIFT] = 0

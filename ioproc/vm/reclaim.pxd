@@ -9,7 +9,7 @@ from ioproc.hooks.chain cimport INVALIDATE_PAGE, unlikely
 from ioproc.vm.fire cimport fire_page
 from ioproc.vm.frames cimport ONE_REFERENCE, mapcount_of, pool_give, references_of
 from ioproc.vm.mm cimport (
-    HOOKED, MM, OWNER_ANON, OWNER_BITS, OWNER_DIRTY, PAGE_SHIFT, PTE_DIRTY, PTE_EXCLUSIVE, PTE_PRESENT, PTE_YOUNG, PTE_ZERO,
+    HOOKED, MM, OWNER_ANON, OWNER_BITS, OWNER_DIRTY, PAGE_SHIFT, PTE_DIRTY, PTE_EXCLUSIVE, PTE_UNCOUNTED, PTE_YOUNG,
     VM_LOCKED, AnonLink, AnonVMA, FileCache, Frame, Memory, Table, Victims, VMArea, atomic_load, atomic_or, atomic_store,
     atomic_sub, mm_is_mine, mm_trylock, mm_unlock, pthread_mutex_lock, pthread_mutex_unlock, vma_index)
 from ioproc.vm.page_table cimport leaf_drop, leaf_find, pte_find, table_index
@@ -128,7 +128,7 @@ cdef inline bint scan_vma(Scan *scan, VMArea *vma, u64 index, u64 pfn) noexcept 
         scan.nlocked += 1
     addr = vma.start + ((index - vma.pgoff) << PAGE_SHIFT)
     pte = pte_find(mm.root, addr)
-    if pte == NULL or pte[0] & (PTE_PRESENT | PTE_ZERO) != PTE_PRESENT or pte[0] >> PAGE_SHIFT != pfn:
+    if pte == NULL or pte[0] >> PAGE_SHIFT != pfn or pte[0] & PTE_UNCOUNTED:
         return True
     if vma.flags & VM_LOCKED:
         return False

@@ -3,8 +3,8 @@ from libc.stdint cimport uint64_t as u64
 from ioproc.hooks.chain cimport likely, unlikely
 from ioproc.vm.frames cimport FrameBatch, frame_at, frame_keep_dirty, frame_unmap, mapcount_of
 from ioproc.vm.mm cimport (
-    MM, OWNER_DIRTY, PAGE_SIZE, PTE_DIRTY, PTE_EXCLUSIVE, PTE_PRESENT, PTE_SWAP, PTE_USER, PTE_WRITE, PTE_YOUNG, PTE_ZERO, VM_ACCESS,
-    VM_SHARED, VM_WRITE, Frame, Memory, Table, VMArea, atomic_load, atomic_store)
+    MM, OWNER_DIRTY, PAGE_SIZE, PTE_DIRTY, PTE_EXCLUSIVE, PTE_PRESENT, PTE_SWAP, PTE_UNCOUNTED, PTE_USER, PTE_WRITE, PTE_YOUNG,
+    VM_ACCESS, VM_SHARED, VM_WRITE, Frame, Memory, Table, VMArea, atomic_load, atomic_store)
 from ioproc.vm.page_table cimport leaf_drop, leaf_find, leaf_make, leaf_next, pte_set, table_index
 from ioproc.vm.swap cimport swap_entry_dropped
 
@@ -27,7 +27,7 @@ cdef inline void zap_range(MM *mm, u64 start, u64 end, FrameBatch *batch) noexce
             if pte:
                 leaf.entry[i] = 0
                 cleared += 1
-                if likely(pte & (PTE_PRESENT | PTE_ZERO) == PTE_PRESENT):
+                if likely(not pte & PTE_UNCOUNTED):
                     frames += 1
                     if unlikely(pte & (PTE_DIRTY | PTE_EXCLUSIVE) == PTE_DIRTY):
                         frame_keep_dirty(frame_at(mm.mem, pte >> 12))
@@ -142,7 +142,7 @@ cdef inline void free_range(MM *mm, u64 start, u64 end, FrameBatch *batch) noexc
             return
         for i in range(table_index(addr, 0), table_index(addr, 0) + ((stop - addr) >> 12)):
             pte = leaf.entry[i]
-            if pte & PTE_PRESENT and not pte & PTE_ZERO:
+            if pte & PTE_PRESENT and not pte & PTE_UNCOUNTED:
                 if frame_unwanted(mm.mem, pte >> 12):
                     leaf.entry[i] = pte & ~<u64> (PTE_YOUNG | PTE_DIRTY)
             elif pte & PTE_SWAP:
