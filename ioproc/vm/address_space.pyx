@@ -423,8 +423,10 @@ cdef class AddressSpace:
         Parameters
         ----------
         flags : int
-            ``MREMAP_MAYMOVE``, ``MREMAP_FIXED`` (with `new_addr`; several VMAs if the length stays).
+            ``MREMAP_MAYMOVE``, ``MREMAP_FIXED`` (with `new_addr`; several VMAs if the length stays), ``MREMAP_DONTUNMAP`` (the
+            old place stays mapped, empty, and does not hear the last ``invalidate_range``).
         new_addr : int, optional
+            The place; a hint with ``MREMAP_DONTUNMAP`` alone.
 
         Returns
         -------
@@ -444,7 +446,7 @@ cdef class AddressSpace:
             result = mm_mremap(self.mm, at, old, new, flag_bits, target)
         self.leave()
         if result < 0:
-            raise syscall_error(result, "mremap with MREMAP_DONTUNMAP")
+            raise syscall_error(result, "mremap")
         return result
 
     def brk(self, addr=None):
