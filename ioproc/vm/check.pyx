@@ -1,22 +1,36 @@
 # The invariants of docs/vm.md, checked: for the tests.
 
-cdef const char *treap_broken(const VMArea *vma, u64 *count) noexcept nogil:
-    """NULL, or what is wrong at or below `vma`."""
-    cdef const char *reason = NULL
-    if vma == NULL:
-        return NULL
-    count[0] += 1
-    if vma.left != NULL:
-        if vma.left.parent != vma or vma.left.start >= vma.start or vma.left.priority > vma.priority:
-            return "treap: left child"
-        reason = treap_broken(vma.left, count)
-    if reason == NULL and vma.right != NULL:
-        if vma.right.parent != vma or vma.right.start <= vma.start or vma.right.priority > vma.priority:
-            return "treap: right child"
-        reason = treap_broken(vma.right, count)
-    if reason == NULL and vma.max_gap != vma_max_gap(vma):
-        return "treap: largest gap"
-    return reason
+cdef const char *tree_broken(const MM *mm, const Node *node, u64 level, const VMArea **at) noexcept nogil:
+    """NULL, or what is wrong at or below `node`, whose VMAs are those from *at on; *at moves behind them."""
+    cdef const char *reason
+    cdef const VMArea *vma
+    cdef const Node *child
+    cdef u64 i
+    if node.n > NODE_ENTRIES or (node != mm.tree and node.n < NODE_FEW) or (node == mm.tree and level and node.n < 2):
+        return "tree: entries of a node"
+    for i in range(node.n, <u64> NODE_ENTRIES + 1):
+        if node.entry[i].end != UINT64_MAX or node.entry[i].child != NULL:
+            return "tree: an entry that is not used"
+    for i in range(node.n):
+        if level == 0:
+            vma = at[0]
+            if vma == NULL or node.entry[i].child != vma:
+                return "tree: not the VMAs of the list"
+            if node.entry[i].end != vma.end:
+                return "tree: end"
+            if node.gap[i] != vma_gap(vma):
+                return "tree: gap"
+            at[0] = vma.next
+        else:
+            child = <const Node *> node.entry[i].child
+            reason = tree_broken(mm, child, level - 1, at)
+            if reason != NULL:
+                return reason
+            if node.entry[i].end != node_end(child):
+                return "tree: end of a node"
+            if node.gap[i] != node_gap(child):
+                return "tree: largest gap"
+    return NULL
 
 
 cdef const char *vmas_broken(MM *mm) noexcept nogil:
@@ -33,8 +47,6 @@ cdef const char *vmas_broken(MM *mm) noexcept nogil:
             return "VMA list"
         if prev != NULL and prev.end > vma.start:
             return "VMAs overlap"
-        if vma.gap != vma.start - (prev.end if prev != NULL else 0):
-            return "gap"
         if (vma.anon == NULL) != (vma.anon_links == NULL):
             return "anon_vma without links"
         link = vma.anon_links
@@ -55,10 +67,12 @@ cdef const char *vmas_broken(MM *mm) noexcept nogil:
         vma = vma.next
     if mm.last != prev or count != mm.map_count or total != mm.total_pages or data != mm.data_pages:
         return "sums over the VMAs"
-    count = 0
-    reason = treap_broken(mm.tree, &count)
-    if reason == NULL and count != mm.map_count:
-        return "treap: VMAs missing"
+    if mm.made != count or mm.nspare < tree_reserve_size(mm, 0):
+        return "reserve of nodes"
+    vma = mm.first
+    reason = tree_broken(mm, mm.tree, mm.height - 1, &vma)
+    if reason == NULL and vma != NULL:
+        return "tree: VMAs missing"
     return reason
 
 
@@ -141,3 +155,26 @@ def check_memory(PhysicalMemory memory not None, spaces):
             raise AssertionError(f"{used} frames used, {mem.nfree} free of {mem.nframes}")
     finally:
         free(mapped)
+
+
+def find_vmas(AddressSpace space not None, const u64[::1] addresses, bint dependent=False):
+    """
+    How many of the addresses are in a VMA: one look-up in the tree each.  `dependent`: one look-up only starts when the one
+    before it is done, as far as the processor is concerned.
+    """
+    cdef MM *mm = space.mm
+    cdef const VMArea *vma
+    cdef u64 found = 0
+    cdef u64 wait = 0
+    cdef Py_ssize_t i
+    space.look_begin()
+    with nogil:
+        for i in range(addresses.shape[0]):
+            mm.cached = NULL
+            vma = vma_at(mm, addresses[i] + wait)
+            if vma != NULL:
+                found += 1
+                if dependent:
+                    wait = vma.flags >> 63
+    space.look_end()
+    return found

@@ -42,13 +42,13 @@ cdef MM *mm_new(Memory *mem) noexcept nogil:
     if mm == NULL:
         return NULL
     mm.root = table_new()
-    if mm.root == NULL:
+    if mm.root == NULL or not tree_begin(mm):
+        free(mm.root)
         free(mm)
         return NULL
     pthread_mutex_init(&mm.lock, NULL)
     mm.mem = mem
     mm.refs = 1
-    mm.seed = 0x9e3779b97f4a7c15
     mm.max_map_count = 65530
     mm.limit_as = UINT64_MAX
     mm.limit_data = UINT64_MAX
@@ -67,12 +67,18 @@ cdef void mm_teardown(MM *mm) noexcept nogil:
     mm.dead = True
 
 
+cdef void mm_free(MM *mm) noexcept nogil:
+    """After mm_teardown."""
+    table_free(mm.root, 3)
+    tree_end(mm)
+    pthread_mutex_destroy(&mm.lock)
+    free(mm)
+
+
 cdef void mm_put(MM *mm) noexcept nogil:
     """The last one frees it: long after mm_teardown, perhaps."""
     if atomic_sub(&mm.refs, 1) == 0:
-        table_free(mm.root, 3)
-        pthread_mutex_destroy(&mm.lock)
-        free(mm)
+        mm_free(mm)
 
 
 cdef void mm_discard(MM *mm) noexcept nogil:

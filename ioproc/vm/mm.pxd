@@ -45,6 +45,7 @@ cdef enum:
     VM_MAYEXEC = 0x40
     VM_ACCESS = 0x7
     VM_MAYACCESS = 0x70
+    VM_GROWSDOWN = 0x100
     VM_LOCKED = 0x2000
     VM_SEQ_READ = 0x8000
     VM_RAND_READ = 0x10000
@@ -125,13 +126,19 @@ cdef struct VMArea:
     VMArea *file_below
     VMArea *prev                   # address order
     VMArea *next
-    VMArea *left                   # the tree: a treap by address, with the largest gap below each subtree's VMAs
-    VMArea *right
-    VMArea *parent
-    u64 gap                     # bytes between prev.end and start
-    u64 max_gap
-    u64 priority
     u64 attach                  # which shmat() it comes from; 0: none
+
+cdef enum:
+    NODE_ENTRIES = 31
+
+cdef struct Entry:
+    u64 end                     # of the last VMA in it; UINT64_MAX: not used
+    void *child                 # a VMArea *, above the leaves a Node *
+
+cdef struct Node:               # of the tree over the VMAs
+    Entry entry[32]             # in address order; the last is never used
+    u64 gap[32]                 # the largest gap below a VMA of the entry
+    u64 n                       # entries
 
 cdef struct FaultCounts:
     u64 zero                    # zero page mapped
@@ -151,7 +158,11 @@ cdef struct MM:
     u64 hooked                  # live chain cells: nonzero if any chain exists, on it or on a VMA.  All a hook site tests
     Table *root                 # page table
     Memory *mem
-    VMArea *tree
+    Node *tree                  # the root
+    u64 height                  # nodes from the root to a leaf
+    Node *spare                 # empty ones, linked by their first child, so that no insertion can fail
+    u64 nspare
+    u64 made                    # VMAs, in the tree or not (yet)
     VMArea *first
     VMArea *last
     VMArea *cached                 # the last one found
@@ -161,7 +172,6 @@ cdef struct MM:
     u64 rss                     # page-table entries that map a counted frame
     u64 start_brk
     u64 brk
-    u64 seed                    # of the treap's priorities
     u64 max_map_count
     u64 attaches                # shmat() calls so far, here or before the fork
     u64 limit_as                # bytes
