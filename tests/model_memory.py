@@ -118,7 +118,7 @@ class PhysicalMemory:
         self.counts = Counter()
         self.numbers = itertools.count()    # of address spaces
         self.in_callback, self.raised = False, []
-        self.victims = None                 # if set: per run of reclaim, the list of what goes
+        self.victims = None                 # if set: per run of reclaim, what goes: (file or None, number, mappings)
         self.log = []                       # what went
 
     # --- frames
@@ -185,7 +185,7 @@ class PhysicalMemory:
         assert self.evictable(frame), "this frame must stay"
         mappings = sorted(frame.mappings, key=lambda m: (m[0].number, m[1])) if mappings is None else mappings
         file, slot, vanishes = frame.file, frame.slot, self._vanishes(frame)
-        self.log.append(("file", file, frame.number, mappings) if file else ("anon", mappings))
+        self.log.append((file, frame.number, mappings))
         self.counts["reclaimed"] += 1
         if not slot and not vanishes and (not file or file.shmem):
             slot = self.swap_slot(frame.data)
@@ -213,11 +213,14 @@ class PhysicalMemory:
             return chosen
         victims = self.victims.pop(0) if self.victims else []
         assert len(victims) <= n
-        for kind, *page, mappings in victims:
-            mappings = [(space.mm, addr) for space, addr in mappings]
-            mm, addr = mappings[0] if mappings else (None, None)
-            frame = mm.ptes[addr].frame if kind == "anon" else page[0].pages[page[1]]
-            assert frame.mappings == set(mappings) and (kind == "file") == bool(frame.file)
+        for file, number, mappings in victims:
+            if file is None:
+                mm, addr = mappings[0]
+                frame = mm.ptes[addr].frame
+            else:               # shared anonymous memory is named by where it is mapped
+                file = file if isinstance(file, File) else file[0].find(file[1]).file
+                frame = file.pages[number]
+            assert frame.mappings == set(mappings) and frame.file is file
             self.evict(frame, mappings)
         return len(victims)
 
