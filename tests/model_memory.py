@@ -381,8 +381,10 @@ class File:
 
     def punch(self, offset, length):
         """The range reads as zeros from now on; private copies stay."""
-        if offset < 0 or length <= 0:
+        if not 0 < length < 1 << 63 or not 0 <= offset < 1 << 63:
             fail(errno.EINVAL)
+        if offset + length >= 1 << 63:
+            fail(errno.EFBIG)
         first, end = align(offset) // PAGE, (offset + length) // PAGE
         if first < end:
             self._unmap(first, end, copies=False)
