@@ -81,6 +81,8 @@ class MM(VmaList):
             try:
                 callback(*args)
             except Exception as exception:      # the rest still runs; see operation()
+                if self is not self.mem.caller:
+                    exception.add_note(f"in {self.face}")
                 self.mem.raised.append(exception)
             finally:
                 self.mem.in_callback = False

@@ -63,7 +63,7 @@ def operation(method):
         mem = self.mem
         if mem.in_callback:
             raise RuntimeError("a callback may look, not touch")
-        mem.raised = []
+        mem.raised, mem.caller = [], getattr(self, "mm", None)
         try:
             result = method(self, *args, **kwargs)
         except Exception:
@@ -118,6 +118,7 @@ class PhysicalMemory:
         self.counts = Counter()
         self.numbers = itertools.count()    # of address spaces
         self.in_callback, self.raised = False, []
+        self.caller = None                  # whose operation it is
         self.victims = None                 # if set: per run of reclaim, what goes: (file or None, number, mappings)
         self.log = []                       # what went
 

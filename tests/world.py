@@ -25,11 +25,17 @@ class World:
 
     def __init__(self, impl, frames=256, swap_slots=64, **options):
         self.impl = impl
+        self.others = []        # address spaces alive beside the first
         self.mem = impl.PhysicalMemory(frames=frames, swap_slots=swap_slots)
         self.file = impl.File(self.mem, 8 * PAGE)
         self.memfd = impl.File(self.mem, 8 * PAGE, memfd=True)
         self.mm = self.new(**options)
         self.fired, self.counted = [], {}
+
+    def again(self, **options):
+        """A fresh world, with another memory."""
+        self.__init__(self.impl, **options)
+        return self
 
     def new(self, **options):
         """Another address space."""
@@ -75,8 +81,8 @@ class World:
     def mprotect(self, page, n, prot):
         self.mm.mprotect(BASE + page * PAGE, n * PAGE, PROTS[prot])
 
-    def madvise(self, page, n, advice):
-        self.mm.madvise(BASE + page * PAGE, n * PAGE, advice)
+    def madvise(self, page, n, advice, mm=None):
+        (mm or self.mm).madvise(BASE + page * PAGE, n * PAGE, advice)
 
     def mremap(self, page, old, new, to=None, flags=None):
         address = None if to is None else BASE + to * PAGE
@@ -107,10 +113,12 @@ class World:
 
     def fork(self):
         self.child = self.mm.fork()
+        self.others.append(self.child)
         return self.child
 
     def vfork(self):
         self.child = self.mm.vfork()
+        self.others.append(self.child)
         return self.child
 
     def restart(self, **options):
@@ -151,14 +159,15 @@ class World:
         before, self.counted[mm] = self.counted.get(mm, {}), now
         return {kind: n - before.get(kind, 0) for kind, n in now.items() if n != before.get(kind, 0)}
 
-    def check(self, *spaces, files=()):
-        """All counts are right; `spaces` are the address spaces alive beside the first."""
+    def check(self):
+        """All counts are right."""
+        spaces = [self.mm, *self.others]
         if hasattr(self.impl, "check"):
-            self.impl.check(self.mem, self.mm, *spaces, files=[self.file, self.memfd, *files])
+            self.impl.check(self.mem, *spaces, files=[self.file, self.memfd])
         else:
-            for mm in (self.mm, *spaces):
+            for mm in spaces:
                 self.impl._core.check_space(mm)
-            self.impl._core.check_memory(self.mem, [self.mm, *spaces])
+            self.impl._core.check_memory(self.mem, spaces)
 
 
 def fails(code, call, *args):
