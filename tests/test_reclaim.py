@@ -318,7 +318,8 @@ def test_paged_out_or_not(both):
     """Not what is pinned, or mapped by more than one entry; page-cache pages that are mapped once are."""
     both.map(0, 3), both.mm.touch(BASE, 3 * PAGE, True)
     pins = both.pin(0)
-    both.map_file(3, 2), both.read(3), both.write(4), both.map_file(5, 1), both.read(5), both.map_file(6, 1, first=2), both.read(6)
+    both.map_file(3, 2), both.read(3), both.write(4)
+    both.map_file(5, 1), both.read(5), both.map_file(6, 1, first=2), both.read(6)
     both.swap_out(0, 7), both.mem.unpin(pins)
     says = [both.says(page) for page in range(7)]
     assert says == ["writable dirty", "swapped", "swapped", "shared", "swapped", "shared", "absent"]
