@@ -230,6 +230,8 @@ class MM(VmaList):
 
     def mmap_device(self, length, pfn, prot=PROT_READ | PROT_WRITE, *, addr=None):
         """Map memory that no frame of ours is, as a driver does: all entries at once, and never any other."""
+        if not self.mem.frames + 512 * self.mem.huge_pages < pfn <= (1 << 36) - align(length) // PAGE:
+            raise ValueError("pfn: not a device's")
         flags = ACCESS & prot | Flag.MAYWRITE | Flag.SHARED | Flag.MAYSHARE | Flag.PFNMAP | Flag.DONTDUMP
         return self._map_filled(length, flags, addr, pfn, lambda page: Pte(self.mem.device_page(pfn + page), bool(prot & 2)))
 

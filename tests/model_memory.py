@@ -234,6 +234,8 @@ class PhysicalMemory:
     @operation
     def pin(self, mm, addr, length, write=True):
         """get_user_pages: fault pages in and take a reference to each, to all of them or none."""
+        if mm.mem is not self:
+            raise ValueError("of another memory")
         frames = []
         try:
             for page, _ in chunks(addr, length):
