@@ -900,6 +900,8 @@ class MM(VmaList):
 
     def _access(self, addr, length, write):
         """The pieces of [addr, addr + length), page by page, each faulted in as it is reached."""
+        if addr + length > TASK_SIZE:
+            raise ValueError("beyond the address space")
         for at, n in chunks(addr, length):
             try:
                 pte, faulted = self._fault(at, write)

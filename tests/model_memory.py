@@ -313,8 +313,9 @@ class File:
 
     def page(self, number):
         """The frame of a page; None beyond the end of the file."""
-        if number >= self.end:
-            return None
+        return self._page(number) if number < self.end else None
+
+    def _page(self, number):
         if number not in self.pages:
             slot = self.slots.get(number)
             frame = self.mem.allocate(slot.data if slot else self.stored.get(number))
@@ -355,10 +356,9 @@ class File:
 
     @operation
     def write(self, offset, data):
-        if offset + len(data) > self.size:
-            raise ValueError("write beyond the end of the file")
         for at, n in chunks(offset, len(data)):
-            frame = self.mem.with_room(self.page, at // PAGE)
+            frame = self.mem.with_room(self._page, at // PAGE)
+            self.size = max(self.size, at + n)
             frame.data[at % PAGE:at % PAGE + n] = data[at - offset:at - offset + n]
             frame.dirty = True
 

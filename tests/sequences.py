@@ -480,9 +480,7 @@ class Program:
 
     @step(2, file=files, offset=st.integers(0, 60), data=st.binary(min_size=1, max_size=8))
     def write_file(self, file, offset, data):
-        size = self.run.sides[0].files[file[1]].size
-        offset = offset * PAGE // 10 % max(1, size)
-        self.call(0, "write_file", file, offset, data[:size - offset])
+        self.call(0, "write_file", file, offset * PAGE // 10, data)
 
     @step(2, file=files, pages=st.integers(0, 7), odd=st.sampled_from([0, 0, 1, 100, 4095]))
     def truncate(self, file, pages, odd):
