@@ -269,4 +269,4 @@ def test_what_is_not_modelled_says_so(mm):
     with pytest.raises(NotImplementedError):
         mm.mremap(BASE, PAGE, PAGE, ioproc.MREMAP_MAYMOVE | 4)
     with pytest.raises(NotImplementedError):
-        mm.madvise(BASE, PAGE, mmap.MADV_REMOVE)
+        mm.madvise(BASE, PAGE, mmap.MADV_MERGEABLE)

@@ -206,8 +206,7 @@ cdef bint process_adopt(Replay *replay, Process *process, MM *mm) noexcept nogil
         with gil:
             owned = (<Player> replay.face).own(mm)
     if not owned:
-        mm_teardown(mm)
-        mm_free(mm)
+        mm_discard(mm)
         free(space)
         return False
     process.space = space

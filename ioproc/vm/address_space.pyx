@@ -127,6 +127,12 @@ cdef VMArea *vmas_copy(MM *mm, u64 *count) noexcept nogil:
     return copies
 
 
+cdef void end_late() noexcept:
+    """The ends that had to wait; what their release callbacks raise is nobody's."""
+    while ends:
+        (<AddressSpace> ends.pop()).end()
+
+
 cdef object mm_face(MM *mm):
     return <object> mm.face if mm.face != NULL else None
 
@@ -246,8 +252,7 @@ cdef class AddressSpace:
         """Take over an address space, in place of the empty one."""
         faces[<size_t> mm] = ref(self)  # the one thing that may fail
         faces.pop(<size_t> self.mm, None)
-        mm_teardown(self.mm)
-        mm_free(self.mm)
+        mm_discard(self.mm)
         self.mm = mm
         mm.face = <void *> self
         return 0
@@ -258,7 +263,7 @@ cdef class AddressSpace:
     def __dealloc__(self):
         if self.mm != NULL:
             face_gone(self.mm)
-            mm_free(self.mm)
+            mm_put(self.mm)
 
     # ---- entering and leaving the VM: no lock of ours is ever waited for with the GIL held
 
@@ -277,8 +282,9 @@ cdef class AddressSpace:
                 mm_lock(self.mm)
 
     cdef int leave(self) except -1:
+        cdef MM *mm = <MM *> thread_inside()
         thread_set_inside(NULL)
-        mm_unlock(self.mm)
+        mm_unlock(mm)
         return raise_pending()
 
     cdef bint look_begin(self, bint wait=True) except -1:
@@ -438,18 +444,25 @@ cdef class AddressSpace:
     def madvise(self, addr, length, advice):
         """
         ``MADV_DONTNEED``: forget the pages, ``invalidate_range`` per VMA.  ``FREE``: the same hook; the pages, clean and old
-        now, may go at any time, but nothing takes them yet.  ``DONTFORK DOFORK NORMAL RANDOM SEQUENTIAL HUGEPAGE
-        NOHUGEPAGE DONTDUMP DODUMP`` mark VMAs, which splits and merges them; ``WILLNEED`` does nothing.  The other kinds
-        of advice raise NotImplementedError.  Holes are skipped, and ENOMEM at the end.
+        now, may go at any time, but nothing takes them yet.  ``REMOVE``: `File.punch_hole` of what is mapped.  ``POPULATE_READ
+        POPULATE_WRITE`` fault pages in, as far as it goes.  ``DONTFORK DOFORK WIPEONFORK KEEPONFORK NORMAL RANDOM SEQUENTIAL
+        HUGEPAGE NOHUGEPAGE DONTDUMP DODUMP`` mark VMAs, which splits and merges them; ``WILLNEED`` does nothing.  The other
+        kinds of advice raise NotImplementedError.  Holes are skipped, and ENOMEM at the end.
         """
         cdef u64 at = as_u64(addr, "addr")
         cdef u64 bytes_ = as_u64(length, "length")
         cdef int what = as_int(advice, "advice")
         cdef int error
+        cdef MM *mm
         self.enter()
+        mm = self.mm
+        mm_hold(mm)                     # REMOVE lets go of the lock meanwhile
         with nogil:
-            error = mm_madvise(self.mm, at, bytes_, what)
-        self.leave()
+            error = mm_madvise(mm, at, bytes_, what)
+        try:
+            self.leave()
+        finally:
+            mm_put(mm)
         if error:
             raise syscall_error(error, f"madvise advice {advice}")
 
@@ -681,6 +694,10 @@ cdef class AddressSpace:
         cdef PyObject *outer_raised = thread_raised()
         cdef dict owners = self.owners          # let go of without the lock
         if self.mm == NULL:
+            return 0
+        if mm_is_mine(self.mm):
+            # its last reference went in a callback, while a file's truncation, say, was here: later
+            ends.append(self)
             return 0
         thread_set_raised(NULL)
         self.lock()

@@ -3,7 +3,8 @@ from libc.stdint cimport uint64_t as u64
 from ioproc.hooks.chain cimport INVALIDATE_PAGE, UPDATE_PAGE, likely, unlikely
 from ioproc.vm.fire cimport fire_page
 from ioproc.vm.frames cimport (
-    ONE_REFERENCE, Frame, FrameBatch, batch_free, batch_take, frame_at, frame_copy_contents, frame_unmap, pool_take)
+    ONE_REFERENCE, Frame, FrameBatch, batch_free, batch_take, frame_at, frame_copy, frame_copy_contents, frame_put,
+    frame_unmap, pool_take)
 from ioproc.vm.mm cimport (
     MM, PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, PTE_DIRTY, PTE_EXCLUSIVE, PTE_PRESENT, PTE_SPECIAL, PTE_USER, PTE_WRITE,
     PTE_YOUNG, PTE_ZERO, VM_ACCESS, VM_SHARED, VM_WRITE, AnonVMA, FileCache, Memory, Table, VMArea, atomic_add, atomic_load,
@@ -139,26 +140,24 @@ cdef inline int fault_file(MM *mm, VMArea *vma, u64 addr, u64 index, Table *leaf
     cdef bint copy = write and not vma.flags & VM_SHARED
     cdef u64 pfn, page
     cdef Frame *frame
+    cdef bint beyond
     if copy and not anon_prepare(vma):      # even if the fault fails below: fork and merging will see it
         return ACCESS_OOM
-    if index >= page_align(file.size) >> PAGE_SHIFT:
-        return ACCESS_BUS
     pthread_mutex_lock(&mem.lock)
-    page = file_page(file, index, batch)
-    if page != 0 and not copy:
-        atomic_add(&mem.frames[page].counts, 1)
+    beyond = index >= page_align(file.size) >> PAGE_SHIFT
+    page = 0 if beyond else file_page(file, index, batch)
+    if page != 0:                           # it may leave the page cache as soon as the lock is free
+        atomic_add(&mem.frames[page].counts, 1 if not copy else ONE_REFERENCE)
     pthread_mutex_unlock(&mem.lock)
     if page == 0:
-        return ACCESS_OOM
+        return ACCESS_BUS if beyond else ACCESS_OOM
     pfn = page
     if copy:                                # a write to a private mapping copies early: the page is never mapped
-        pfn = batch_take(batch)
+        pfn = frame_copy(batch, page)
+        frame_put(batch, page)
         if pfn == 0:
             return ACCESS_OOM
         frame = frame_at(mem, pfn)
-        if not frame_copy_contents(frame, frame_at(mem, page)):
-            batch_free(batch, pfn)
-            return ACCESS_OOM
         frame.counts = 1
         frame_own(frame, vma, addr)
         bits |= PTE_WRITE | PTE_DIRTY | PTE_EXCLUSIVE
@@ -191,7 +190,8 @@ cdef inline int fault_write_protect(MM *mm, VMArea *vma, u64 addr, u64 *pte, Fra
     check(not vma.flags & VM_SHARED)
     if not pte[0] & PTE_ZERO:
         frame = frame_at(mm.mem, old)
-        if atomic_load(&frame.counts) == 1:         # anonymous: the page cache would count too
+        # anonymous: the page cache would count too, unless the page has just left it
+        if atomic_load(&frame.counts) == 1 and atomic_load(&frame.owner) & 1:
             frame_own(frame, vma, addr)     # from now on found here, not in the parent it came from
             pte[0] |= PTE_WRITE | PTE_DIRTY | PTE_YOUNG | PTE_EXCLUSIVE
             mm.faults.reuse += 1

@@ -138,6 +138,12 @@ cdef inline void frame_unmap(FrameBatch *batch, u64 pfn) noexcept nogil:
         batch_free(batch, pfn)
 
 
+cdef inline void frame_put(FrameBatch *batch, u64 pfn) noexcept nogil:
+    """One reference less."""
+    if atomic_sub(&frame_at(batch.mem, pfn).counts, ONE_REFERENCE) == 0:
+        batch_free(batch, pfn)
+
+
 cdef inline bint frame_copy_contents(Frame *to, const Frame *source) noexcept nogil:
     """False: no memory for a buffer."""
     if source.contents == NULL:
@@ -147,3 +153,12 @@ cdef inline bint frame_copy_contents(Frame *to, const Frame *source) noexcept no
         return False
     memcpy(to.contents, source.contents, PAGE_SIZE)
     return True
+
+
+cdef inline u64 frame_copy(FrameBatch *batch, u64 source) noexcept nogil:
+    """A frame with the contents of another; 0: no frame or no memory."""
+    cdef u64 pfn = batch_take(batch)
+    if pfn != 0 and not frame_copy_contents(frame_at(batch.mem, pfn), frame_at(batch.mem, source)):
+        batch_free(batch, pfn)
+        return 0
+    return pfn

@@ -25,12 +25,14 @@ cdef Memory *memory_new(u64 frames) noexcept nogil:
     mem.nfree = frames
     mem.fresh = 1
     pthread_mutex_init(&mem.lock, NULL)
+    pthread_mutex_init(&mem.cutting, NULL)
     return mem
 
 
 cdef void memory_free(Memory *mem) noexcept nogil:
     pthread_mutex_destroy(&mem.lock)
     device_free(mem)
+    pthread_mutex_destroy(&mem.cutting)
     free(mem.frames)
     free(mem.returned)
     free(mem)
@@ -46,6 +48,7 @@ cdef MM *mm_new(Memory *mem) noexcept nogil:
         return NULL
     pthread_mutex_init(&mm.lock, NULL)
     mm.mem = mem
+    mm.refs = 1
     mm.seed = 0x9e3779b97f4a7c15
     mm.max_map_count = 65530
     mm.limit_as = UINT64_MAX
@@ -65,29 +68,41 @@ cdef void mm_teardown(MM *mm) noexcept nogil:
     mm.dead = True
 
 
-cdef void mm_free(MM *mm) noexcept nogil:
-    """After mm_teardown."""
-    table_free(mm.root, 3)
-    pthread_mutex_destroy(&mm.lock)
-    free(mm)
+cdef void mm_put(MM *mm) noexcept nogil:
+    """The last one frees it: long after mm_teardown, perhaps."""
+    if atomic_sub(&mm.refs, 1) == 0:
+        table_free(mm.root, 3)
+        pthread_mutex_destroy(&mm.lock)
+        free(mm)
+
+
+cdef void mm_discard(MM *mm) noexcept nogil:
+    """One that no Python object has yet."""
+    mm_lock(mm)
+    mm_teardown(mm)
+    mm_unlock(mm)
+    mm_put(mm)
 
 
 cdef bint fork_vmas(MM *parent, MM *child) noexcept nogil:
     cdef VMArea *vma = parent.first
     cdef VMArea *copy
-    cdef bint done
+    cdef bint copied, done
     while vma != NULL:
         if not vma.flags & VM_DONTCOPY:
             copy = vma_new(child, vma.start, vma.end, vma.pgoff, vma.flags & ~<u64> VM_LOCKED, vma.file)
             if copy == NULL:
                 return False
             copy.attach = vma.attach
-            pthread_mutex_lock(&parent.mem.lock)
-            done = anon_fork(copy, vma)
-            pthread_mutex_unlock(&parent.mem.lock)
-            vma_insert(child, copy)
             # what was never written privately can be faulted in again
-            if not done or (vma.anon != NULL and not fork_range(parent, child, vma)):
+            copied = vma.anon != NULL and not vma.flags & VM_WIPEONFORK
+            done = True
+            if copied:
+                pthread_mutex_lock(&parent.mem.lock)
+                done = anon_fork(copy, vma)
+                pthread_mutex_unlock(&parent.mem.lock)
+            vma_insert(child, copy)
+            if not done or (copied and not fork_range(parent, child, vma)):
                 return False
             if vma.flags & (VM_PFNMAP | VM_NONLINEAR) and not fork_shared_range(parent, child, vma):
                 return False
@@ -98,8 +113,11 @@ cdef bint fork_vmas(MM *parent, MM *child) noexcept nogil:
 cdef MM *mm_fork(MM *parent) noexcept nogil:
     """The child, with no chain; NULL: no memory, and of the parent only pages have become copy-on-write."""
     cdef MM *child = mm_new(parent.mem)
+    cdef bint done
     if child == NULL:
         return NULL
+    mm_lock(child)                          # what looks through a file's mappings finds it before it is filled
+    child.cut = atomic_load(&parent.cut)
     child.start_brk = parent.start_brk
     child.attaches = parent.attaches
     child.brk = parent.brk
@@ -107,8 +125,9 @@ cdef MM *mm_fork(MM *parent) noexcept nogil:
     child.nonlinear = parent.nonlinear
     child.limit_as = parent.limit_as
     child.limit_data = parent.limit_data
-    if not fork_vmas(parent, child):
-        mm_teardown(child)
-        mm_free(child)
+    done = fork_vmas(parent, child)
+    mm_unlock(child)
+    if not done:
+        mm_discard(child)
         return NULL
     return child

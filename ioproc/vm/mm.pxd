@@ -1,7 +1,7 @@
 # The data model: what an address space, a VMA, a file and a frame are.  Everything else in vm/ is what happens to them.
 #
 # Locks: MM.lock covers an address space with its VMAs, page tables and chains.  Memory.lock covers what address spaces
-# share: the frame pool, page caches and the reverse map's lists.  Order: MM.lock, then Memory.lock.
+# share: the frame pool, page caches and the reverse map's lists.  Order: Memory.cutting, then MM.lock, then Memory.lock.
 from libc.stdint cimport int64_t as i64, uint32_t as u32, uint64_t as u64
 from ioproc.hooks.chain cimport Chain, HookCounts, ioproc_ops
 
@@ -56,6 +56,7 @@ cdef enum:
     VM_NORESERVE = 0x200000
     VM_SYSV_SHM = 0x400000      # an attached shared-memory segment: what shmdt looks for
     VM_NONLINEAR = 0x800000     # 2.6.12's remap_file_pages: pages in any order
+    VM_WIPEONFORK = 0x2000000
     VM_DONTDUMP = 0x4000000
     VM_HUGEPAGE = 0x20000000
     VM_NOHUGEPAGE = 0x40000000
@@ -87,6 +88,8 @@ cdef struct Memory:
     u64 nreturned
     u64 nfree
     Table *device               # what was written to device memory: pfn -> PAGE_SIZE bytes; NULL: nothing
+    u64 cuts                    # truncations and holes so far
+    pthread_mutex_t cutting     # one of them at a time
     pthread_mutex_t lock
 
 cdef struct Table:              # one node of a page table: an entry is a PTE or a Table *
@@ -112,6 +115,7 @@ cdef struct FileCache:          # a file's page cache and its mappings
     u64 size                    # bytes
     u64 refs                    # Python objects and VMAs
     bint anonymous              # made by MAP_SHARED | MAP_ANONYMOUS
+    bint memfd                  # shared memory: no file below
     VMArea *mappings
     Memory *mem
 
@@ -177,6 +181,8 @@ cdef struct MM:
     FaultCounts faults
     u64 owner                   # the thread that holds the lock, 0: nobody
     bint nonlinear              # remap_file_pages as in 2.6.12
+    u64 refs                    # its users as one, and who found it by what it maps
+    u64 cut                     # the last of Memory.cuts that was here
     bint dead                   # exited
     void *face                  # the Python object, borrowed; under the GIL
 
@@ -226,6 +232,11 @@ cdef inline void mm_unlock(MM *mm) noexcept nogil:
 cdef inline bint mm_is_mine(const MM *mm) noexcept nogil:
     """This thread holds the lock: nobody else could have written its name there."""
     return atomic_load(&mm.owner) == <u64> pthread_self()
+
+
+cdef inline void mm_hold(MM *mm) noexcept nogil:
+    """For who found it under Memory.lock by a VMA it still had then; `mm_put` ends that."""
+    atomic_add(&mm.refs, 1)
 
 
 cdef inline u64 page_align(u64 length) noexcept nogil:

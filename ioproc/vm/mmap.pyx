@@ -239,7 +239,7 @@ cdef u64 mm_brk(MM *mm, u64 brk) noexcept nogil:
 
 cdef i64 mm_shmat(MM *mm, FileCache *file, u64 addr, bint readonly) noexcept nogil:
     cdef u64 flags = VM_READ | VM_MAYREAD | VM_MAYEXEC | VM_SHARED | VM_SYSV_SHM
-    cdef u64 length = page_align(file.size)
+    cdef u64 length = page_align(atomic_load(&file.size))
     cdef i64 result
     if not readonly:
         flags |= VM_WRITE | VM_MAYWRITE
@@ -274,5 +274,5 @@ cdef int mm_shmdt(MM *mm, u64 addr) noexcept nogil:
                 and (attach == 0 or vma.attach == attach)):
             if attach == 0:
                 attach = vma.attach
-                end = addr + page_align(vma.file.size)
+                end = addr + page_align(atomic_load(&vma.file.size))
             unmap_range(mm, vma.start, vma.end)

@@ -1,9 +1,9 @@
 # Taking page-table entries away, changing their protection, moving them.  Callers fire the hooks.
 from libc.stdint cimport uint64_t as u64
-from ioproc.vm.frames cimport FrameBatch, frame_unmap
+from ioproc.vm.frames cimport FrameBatch, frame_at, frame_unmap
 from ioproc.vm.mm cimport (
     MM, PAGE_SIZE, PTE_DIRTY, PTE_EXCLUSIVE, PTE_PRESENT, PTE_UNCOUNTED, PTE_USER, PTE_WRITE, PTE_YOUNG, PTE_ZERO, VM_ACCESS,
-    VM_SHARED, VM_WRITE, Table, VMArea)
+    VM_SHARED, VM_WRITE, Table, VMArea, atomic_load)
 from ioproc.vm.page_table cimport leaf_drop, leaf_find, leaf_make, leaf_next, pte_set, table_index
 
 
@@ -29,6 +29,28 @@ cdef inline void zap_range(MM *mm, u64 start, u64 end, FrameBatch *batch) noexce
                     frame_unmap(batch, pte >> 12)
         leaf.used -= cleared
         mm.rss -= frames
+        if leaf.used == 0:
+            leaf_drop(mm.root, begin)
+        addr = stop
+
+
+cdef inline void zap_file_range(MM *mm, u64 start, u64 end, FrameBatch *batch) noexcept nogil:
+    """The same for pages of the page cache only: copies that a private mapping made stay."""
+    cdef u64 addr = start
+    cdef u64 begin, stop, pte, i
+    cdef Table *leaf
+    while True:
+        leaf = leaf_next(mm.root, &addr, end, &stop)
+        if leaf == NULL:
+            return
+        begin = addr
+        for i in range(table_index(addr, 0), table_index(addr, 0) + ((stop - addr) >> 12)):
+            pte = leaf.entry[i]
+            if pte & PTE_PRESENT and not atomic_load(&frame_at(mm.mem, pte >> 12).owner) & 1:
+                leaf.entry[i] = 0
+                leaf.used -= 1
+                mm.rss -= 1
+                frame_unmap(batch, pte >> 12)
         if leaf.used == 0:
             leaf_drop(mm.root, begin)
         addr = stop
