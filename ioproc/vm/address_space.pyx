@@ -207,7 +207,7 @@ cdef class AddressSpace:
     start_brk : int
         Where the heap begins.
     rlimits : dict, optional
-        Bytes, by name: ``"AS"``, ``"DATA"``; missing: unlimited.
+        Bytes, by name: ``"AS"``, ``"DATA"``, ``"STACK"`` (of each stack); missing: unlimited.
     """
     cdef MM *mm
     cdef readonly PhysicalMemory mem
@@ -221,8 +221,9 @@ cdef class AddressSpace:
         cdef dict limits = dict(rlimits or {})
         cdef u64 limit_as = as_u64(limits.pop("AS", UINT64_MAX), "rlimits['AS']")
         cdef u64 limit_data = as_u64(limits.pop("DATA", UINT64_MAX), "rlimits['DATA']")
+        cdef u64 limit_stack = as_u64(limits.pop("STACK", UINT64_MAX), "rlimits['STACK']")
         if limits:
-            raise ValueError(f"rlimits: {', '.join(map(repr, limits))}: not one of 'AS', 'DATA'")
+            raise ValueError(f"rlimits: {', '.join(map(repr, limits))}: not one of 'AS', 'DATA', 'STACK'")
         if brk & (PAGE_SIZE - 1) or brk > TASK_SIZE:
             raise ValueError(f"start_brk = {start_brk:#x}: not a page of the address space")
         self.adopt(mem, mm_new(mem.mem))
@@ -231,6 +232,7 @@ cdef class AddressSpace:
         self.mm.brk = brk
         self.mm.limit_as = limit_as
         self.mm.limit_data = limit_data
+        self.mm.limit_stack = limit_stack
 
     cdef int adopt(self, PhysicalMemory mem, MM *mm) except -1:
         if mm == NULL:
@@ -312,7 +314,8 @@ cdef class AddressSpace:
             Bytes, rounded up to pages.
         prot, flags : int
             As mmap(2): ``PROT_*``; ``MAP_PRIVATE`` or ``MAP_SHARED``, ``MAP_ANONYMOUS``, ``MAP_FIXED``, ``MAP_FIXED_NOREPLACE``,
-            ``MAP_POPULATE``, ``MAP_LOCKED``, ``MAP_NORESERVE``, ``MAP_STACK``.
+            ``MAP_POPULATE``, ``MAP_LOCKED``, ``MAP_NORESERVE``, ``MAP_STACK``; ``MAP_GROWSDOWN``: a stack, which grows down to
+            an access in the hole below it, but not into 256 pages above another mapping.
         addr : int, optional
             A hint, or with ``MAP_FIXED`` the place.  Without one: the highest gap that fits.
         file : File, optional

@@ -52,6 +52,7 @@ cdef MM *mm_new(Memory *mem) noexcept nogil:
     mm.max_map_count = 65530
     mm.limit_as = UINT64_MAX
     mm.limit_data = UINT64_MAX
+    mm.limit_stack = UINT64_MAX
     return mm
 
 
@@ -127,6 +128,7 @@ cdef MM *mm_fork(MM *parent) noexcept nogil:
     child.max_map_count = parent.max_map_count
     child.limit_as = parent.limit_as
     child.limit_data = parent.limit_data
+    child.limit_stack = parent.limit_stack
     done = fork_vmas(parent, child)
     mm_unlock(child)
     if not done:

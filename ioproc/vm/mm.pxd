@@ -176,6 +176,7 @@ cdef struct MM:
     u64 attaches                # shmat() calls so far, here or before the fork
     u64 limit_as                # bytes
     u64 limit_data
+    u64 limit_stack
     Chain *chain
     Chain *cells                # live cells, to intern
     Attached *attached
