@@ -6,9 +6,9 @@ from ioproc.vm.frames cimport (
     ONE_REFERENCE, Frame, FrameBatch, batch_free, batch_take, frame_at, frame_copy, frame_copy_contents, frame_put,
     frame_unmap, pool_take)
 from ioproc.vm.mm cimport (
-    MM, MMAP_MIN, PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, PTE_DIRTY, PTE_EXCLUSIVE, PTE_PRESENT, PTE_USER, PTE_WRITE, PTE_YOUNG, PTE_ZERO,
-    VM_ACCESS, VM_GROWSDOWN, VM_SHARED, VM_WRITE, AnonVMA, FileCache, Memory, Table, VMArea, atomic_add, atomic_load,
-    atomic_store, check, page_align, pthread_mutex_lock, pthread_mutex_unlock, vma_index)
+    MM, MMAP_MIN, PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, PTE_DIRTY, PTE_EXCLUSIVE, PTE_PRESENT, PTE_USER, PTE_WRITE, PTE_YOUNG,
+    PTE_ZERO, VM_ACCESS, VM_GROWSDOWN, VM_SHARED, VM_WRITE, AnonVMA, FileCache, Memory, Table, VMArea, atomic_add,
+    atomic_load, atomic_store, check, page_align, pthread_mutex_lock, pthread_mutex_unlock, vma_index)
 from ioproc.vm.page_table cimport leaf_drop, leaf_end, leaf_find, leaf_make, pte_set, table_index
 from ioproc.vm.rmap cimport anon_is_singular, anon_join, anon_new
 from ioproc.vm.vma cimport STACK_GUARD_GAP, may_expand, vma_find, vma_resize

@@ -90,6 +90,16 @@ cdef void mm_discard(MM *mm) noexcept nogil:
     mm_put(mm)
 
 
+cdef void mm_configure(MM *mm, const MM *like) noexcept nogil:
+    """What a process keeps over fork and exec."""
+    mm.max_map_count = like.max_map_count
+    mm.limit_as = like.limit_as
+    mm.limit_data = like.limit_data
+    mm.limit_stack = like.limit_stack
+    mm.start_brk = like.start_brk
+    mm.brk = like.start_brk
+
+
 cdef bint fork_vmas(MM *parent, MM *child) noexcept nogil:
     cdef VMArea *vma = parent.first
     cdef VMArea *copy
@@ -122,13 +132,9 @@ cdef MM *mm_fork(MM *parent) noexcept nogil:
         return NULL
     mm_lock(child)                          # what looks through a file's mappings finds it before it is filled
     child.cut = atomic_load(&parent.cut)
-    child.start_brk = parent.start_brk
+    mm_configure(child, parent)
     child.attaches = parent.attaches
     child.brk = parent.brk
-    child.max_map_count = parent.max_map_count
-    child.limit_as = parent.limit_as
-    child.limit_data = parent.limit_data
-    child.limit_stack = parent.limit_stack
     done = fork_vmas(parent, child)
     mm_unlock(child)
     if not done:

@@ -183,10 +183,11 @@ cdef struct MM:
     HookCounts hooks
     FaultCounts faults
     u64 owner                   # the thread that holds the lock, 0: nobody
-    u64 refs                    # its users as one, and who found it by what it maps
+    u64 refs                    # Python objects, and who found it by what it maps
     u64 cut                     # the last of Memory.cuts that was here
     bint dead                   # exited
-    void *face                  # the Python object, borrowed; under the GIL
+    u64 users                   # processes: more than one after vfork
+    void *face                  # the Python object of the first, borrowed; under the GIL
 
 cdef extern from * nogil:
     """
