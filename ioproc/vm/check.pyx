@@ -41,6 +41,7 @@ cdef const char *vmas_broken(MM *mm) noexcept nogil:
     cdef u64 count = 0
     cdef u64 total = 0
     cdef u64 data = 0
+    cdef u64 locked = 0
     cdef const char *reason
     while vma != NULL:
         if vma.prev != prev or vma.mm != mm or vma.start >= vma.end or (vma.start | vma.end) & (PAGE_SIZE - 1):
@@ -63,9 +64,11 @@ cdef const char *vmas_broken(MM *mm) noexcept nogil:
         total += vma_pages(vma)
         if is_data(vma.flags):
             data += vma_pages(vma)
+        if vma.flags & VM_LOCKED:
+            locked += vma_pages(vma)
         prev = vma
         vma = vma.next
-    if mm.last != prev or count != mm.map_count or total != mm.total_pages or data != mm.data_pages:
+    if mm.last != prev or count != mm.map_count or total != mm.total_pages or data != mm.data_pages or locked != mm.locked_pages:
         return "sums over the VMAs"
     if mm.made != count or mm.nspare < tree_reserve_size(mm, 0):
         return "reserve of nodes"
@@ -76,10 +79,12 @@ cdef const char *vmas_broken(MM *mm) noexcept nogil:
     return reason
 
 
-cdef const char *tables_broken(MM *mm, u32 *mapped) noexcept nogil:
-    """Counts each frame's entries into mapped[], if that is not NULL."""
+cdef const char *tables_broken(MM *mm, u32 *mapped, u32 *slots) noexcept nogil:
+    """Counts each frame's entries into mapped[] and each swap slot's into slots[], if those are not NULL."""
     cdef u64 addr = 0
-    cdef u64 used, i, pte, stop, rss = 0
+    cdef u64 used, i, pte, stop
+    cdef u64 rss = 0
+    cdef u64 swapped = 0
     cdef const VMArea *vma = mm.first
     cdef Table *leaf
     while True:
@@ -95,11 +100,19 @@ cdef const char *tables_broken(MM *mm, u32 *mapped) noexcept nogil:
                     vma = vma.next
                 if vma == NULL or vma.start > addr + i * PAGE_SIZE:
                     return "an entry outside every VMA"
+                if pte & PTE_PRESENT and pte & PTE_SWAP:
+                    return "an entry present and swapped"
+                if not pte & (PTE_PRESENT | PTE_SWAP) and not vma.flags & VM_NONLINEAR:
+                    return "an entry neither present nor swapped"
                 if pte & PTE_WRITE and not vma.flags & VM_WRITE:
                     return "an entry with more rights than its VMA"
                 if pte & PTE_WRITE and not vma.flags & VM_SHARED and not pte & PTE_EXCLUSIVE:
                     return "a private page writable and not exclusive"
-                if not pte & PTE_ZERO:
+                if pte & PTE_SWAP:
+                    swapped += 1
+                    if slots != NULL:
+                        slots[pte_pfn(pte)] += 1
+                elif not pte & PTE_UNCOUNTED:
                     rss += 1
                     if mapped != NULL:
                         mapped[pte_pfn(pte)] += 1
@@ -108,6 +121,8 @@ cdef const char *tables_broken(MM *mm, u32 *mapped) noexcept nogil:
         addr = stop
     if rss != mm.rss:
         return "rss"
+    if swapped != mm.swapped:
+        return "swap entries"
     return NULL
 
 
@@ -118,7 +133,7 @@ def check_space(AddressSpace space not None):
     with nogil:
         reason = vmas_broken(space.mm)
         if reason == NULL:
-            reason = tables_broken(space.mm, NULL)
+            reason = tables_broken(space.mm, NULL, NULL)
     space.look_end()
     if reason != NULL:
         raise AssertionError(reason.decode())
@@ -131,17 +146,19 @@ def check_memory(PhysicalMemory memory not None, spaces):
     """
     cdef Memory *mem = memory.mem
     cdef u32 *mapped = <u32 *> calloc(mem.nframes + 1, sizeof(u32))
+    cdef u32 *slots = <u32 *> calloc(mem.nslots + 1, sizeof(u32))
     cdef AddressSpace space
     cdef const char *reason = NULL
-    cdef u64 pfn
+    cdef u64 pfn, number
     cdef u64 used = 0
-    if mapped == NULL:
-        raise MemoryError("check_memory")
+    cdef u64 swap_used = 0
     try:
+        if mapped == NULL or slots == NULL:
+            raise MemoryError("check_memory")
         for space in spaces:
             if space.mm.face != <void *> space:     # the child of a vfork: its parent's
                 continue
-            reason = tables_broken(space.mm, mapped)
+            reason = tables_broken(space.mm, mapped, slots)
             if reason != NULL:
                 raise AssertionError(reason.decode())
         for pfn in range(1, mem.nframes + 1):
@@ -155,8 +172,21 @@ def check_memory(PhysicalMemory memory not None, spaces):
                 raise AssertionError(f"frame {pfn}: free with contents")
         if used != mem.nframes - mem.nfree or mem.nfree != mem.nreturned + mem.nframes + 1 - mem.fresh:
             raise AssertionError(f"{used} frames used, {mem.nfree} free of {mem.nframes}")
+        for number in range(1, mem.nslots + 1):
+            slot = mem.slots[number]
+            swap_used += slot.count != 0
+            # a page cache's is the one that no entry refers to
+            if slot.count != slots[number] and not (slot.count == 1 and slots[number] == 0):
+                raise AssertionError(f"swap slot {number}: counts {slot.count} entries, has {slots[number]}")
+            if slot.count == 0 and (slot.contents != NULL or slot.pfn):
+                raise AssertionError(f"swap slot {number}: free with contents")
+            if slot.pfn and mem.slot_of[slot.pfn] != number:
+                raise AssertionError(f"swap slot {number}: its frame {slot.pfn} does not know")
+        if swap_used != mem.swap_used or mem.swap_used != mem.fresh_slot - 1 - mem.nfree_slots:
+            raise AssertionError(f"{swap_used} swap slots used, not {mem.swap_used}")
     finally:
         free(mapped)
+        free(slots)
 
 
 def find_vmas(AddressSpace space not None, const u64[::1] addresses, bint dependent=False):

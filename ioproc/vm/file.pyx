@@ -58,12 +58,15 @@ cdef extern from * nogil:
     const u64 FILE_END "IOPROC_FILE_END"    # bytes: beyond every page cache
 
 
-cdef void page_forget(Memory *mem, u64 pfn) noexcept nogil:
+cdef void page_forget(Memory *mem, u64 entry) noexcept nogil:
     """
-    The page cache lets go of a frame, which lives while it is mapped or pinned.  Memory.lock is held.
+    The page cache lets go of a page; its frame lives while it is mapped or pinned.  Memory.lock is held.
     """
-    cdef Frame *frame = &mem.frames[pfn]
-    cdef u32 freed = <u32> pfn
+    cdef Frame *frame = &mem.frames[cache_pfn(entry)]
+    cdef u32 freed = <u32> entry
+    if cache_pfn(entry) == 0:
+        cache_entry_forget(mem, entry)
+        return
     atomic_store(&frame.owner, 0)           # nothing finds it by its page; first, for afterwards it may be another's
     if atomic_sub(&frame.counts, ONE_REFERENCE) == 0:
         free(frame.contents)
@@ -100,8 +103,8 @@ cdef void file_drop(FileCache *file, u64 start, u64 end) noexcept nogil:
 
 cdef void file_zero(FileCache *file, u64 start, u64 end) noexcept nogil:
     """Part of a page.  Memory.lock is held."""
-    cdef u64 *slot = pte_find(file.pages, start) if start < FILE_END else NULL
-    cdef char *contents = file.mem.frames[slot[0]].contents if slot != NULL and slot[0] else NULL
+    cdef u64 *entry = pte_find(file.pages, start) if start < FILE_END else NULL
+    cdef char *contents = <char *> cache_contents(file.mem, entry[0]) if entry != NULL else NULL
     if contents != NULL:
         memset(contents + (start & (PAGE_SIZE - 1)), 0, end - start)
 
@@ -213,10 +216,10 @@ cdef void file_punch(FileCache *file, u64 start, u64 end) noexcept nogil:
 
 cdef u64 file_read(FileCache *file, u64 at, char *data, u64 count) noexcept nogil:
     """How many bytes there were.  Memory.lock is held."""
-    cdef u64 *slot
+    cdef u64 *entry
     cdef u64 part
     cdef u64 total = 0
-    cdef char *contents
+    cdef const char *contents
     if at < file.size:
         total = count if count < file.size - at else file.size - at
     count = total
@@ -224,8 +227,8 @@ cdef u64 file_read(FileCache *file, u64 at, char *data, u64 count) noexcept nogi
         part = PAGE_SIZE - (at & (PAGE_SIZE - 1))
         if part > count:
             part = count
-        slot = pte_find(file.pages, at)
-        contents = file.mem.frames[slot[0]].contents if slot != NULL and slot[0] else NULL
+        entry = pte_find(file.pages, at)
+        contents = cache_contents(file.mem, entry[0]) if entry != NULL else NULL
         if contents != NULL:
             memcpy(data, contents + (at & (PAGE_SIZE - 1)), part)
         else:
@@ -237,8 +240,9 @@ cdef u64 file_read(FileCache *file, u64 at, char *data, u64 count) noexcept nogi
 
 
 cdef bint file_write(FileCache *file, u64 at, const char *data, u64 count) noexcept nogil:
-    """False: no frame or no memory."""
+    """False: no frame or no memory.  Memory.lock is held, and let go of to reclaim."""
     cdef u64 pfn, part
+    cdef int tries = RECLAIM_TRIES
     cdef Frame *frame
     while count:
         part = PAGE_SIZE - (at & (PAGE_SIZE - 1))
@@ -246,12 +250,20 @@ cdef bint file_write(FileCache *file, u64 at, const char *data, u64 count) noexc
             part = count
         pfn = file_page(file, at >> PAGE_SHIFT, NULL)
         if pfn == 0:
-            return False
+            pthread_mutex_unlock(&file.mem.lock)
+            tries -= 1
+            if tries and not reclaim_some(file.mem):
+                tries = 0
+            pthread_mutex_lock(&file.mem.lock)
+            if tries == 0:
+                return False
+            continue
         frame = &file.mem.frames[pfn]
         if frame.contents == NULL:
             frame.contents = <char *> calloc(1, PAGE_SIZE)
             if frame.contents == NULL:
                 return False
+        atomic_or(&frame.owner, OWNER_DIRTY)
         memcpy(frame.contents + (at & (PAGE_SIZE - 1)), data, part)
         at += part
         data += part
@@ -359,10 +371,13 @@ cdef class File:
         if at > 1ULL << 46 or count > (1ULL << 46) - at:
             raise ValueError(f"offset = {offset}: a file has at most 2**46 bytes")
         refuse_in_callback()
+        thread_set_inside(file.mem)
         with nogil:
             pthread_mutex_lock(&file.mem.lock)
             done = file_write(file, at, <const char *> &source[0], count)
             pthread_mutex_unlock(&file.mem.lock)
+        thread_set_inside(NULL)
+        raise_pending()
         if not done:
             raise MemoryError("no frame for the page cache")
 

@@ -7,16 +7,17 @@ cdef extern from "<sys/mman.h>" nogil:
         HOST_MADV_HUGEPAGE "MADV_HUGEPAGE"
 
 
-cdef Memory *memory_new(u64 frames) noexcept nogil:
+cdef Memory *memory_new(u64 frames, u64 swap_slots) noexcept nogil:
     cdef Memory *mem = <Memory *> calloc(1, sizeof(Memory))
     if mem == NULL:
         return NULL
-    mem.frames = <Frame *> calloc(frames + 1, sizeof(Frame))    # untouched until used
+    mem.frames = <Frame *> calloc(frames + 1, sizeof(Frame))    # untouched until used, all of these
     mem.returned = <u32 *> calloc(frames, sizeof(u32))
-    if mem.frames == NULL or mem.returned == NULL:
-        free(mem.frames)
-        free(mem.returned)
-        free(mem)
+    mem.slots = <Slot *> calloc(swap_slots + 1, sizeof(Slot))
+    mem.slot_of = <u32 *> calloc(frames + 1 if swap_slots else 1, sizeof(u32))
+    mem.free_slots = <u32 *> calloc(swap_slots + 1, sizeof(u32))
+    if mem.frames == NULL or mem.returned == NULL or mem.slots == NULL or mem.slot_of == NULL or mem.free_slots == NULL:
+        memory_release(mem)
         return NULL
     # a big one is filled by long runs of faults: huge pages save the host's own
     if frames * sizeof(Frame) >= 64 << 20:
@@ -24,17 +25,31 @@ cdef Memory *memory_new(u64 frames) noexcept nogil:
     mem.nframes = frames
     mem.nfree = frames
     mem.fresh = 1
+    mem.hand = 1
+    mem.nslots = swap_slots
+    mem.fresh_slot = 1
     pthread_mutex_init(&mem.lock, NULL)
     pthread_mutex_init(&mem.cutting, NULL)
     return mem
 
 
+cdef void memory_release(Memory *mem) noexcept nogil:
+    if mem.victims != NULL:
+        free(mem.victims.rows)
+        free(mem.victims)
+    device_free(mem)
+    free(mem.frames)
+    free(mem.returned)
+    free(mem.slots)
+    free(mem.slot_of)
+    free(mem.free_slots)
+    free(mem)
+
+
 cdef void memory_free(Memory *mem) noexcept nogil:
     pthread_mutex_destroy(&mem.lock)
     pthread_mutex_destroy(&mem.cutting)
-    free(mem.frames)
-    free(mem.returned)
-    free(mem)
+    memory_release(mem)
 
 
 cdef MM *mm_new(Memory *mem) noexcept nogil:
@@ -53,6 +68,7 @@ cdef MM *mm_new(Memory *mem) noexcept nogil:
     mm.limit_as = UINT64_MAX
     mm.limit_data = UINT64_MAX
     mm.limit_stack = UINT64_MAX
+    mm.limit_memlock = UINT64_MAX
     return mm
 
 
@@ -96,6 +112,8 @@ cdef void mm_configure(MM *mm, const MM *like) noexcept nogil:
     mm.limit_as = like.limit_as
     mm.limit_data = like.limit_data
     mm.limit_stack = like.limit_stack
+    mm.limit_memlock = like.limit_memlock
+    mm.nonlinear = like.nonlinear
     mm.start_brk = like.start_brk
     mm.brk = like.start_brk
 
@@ -119,6 +137,8 @@ cdef bint fork_vmas(MM *parent, MM *child) noexcept nogil:
                 pthread_mutex_unlock(&parent.mem.lock)
             vma_insert(child, copy)
             if not done or (copied and not fork_range(parent, child, vma)):
+                return False
+            if vma.flags & (VM_PFNMAP | VM_NONLINEAR) and not fork_shared_range(parent, child, vma):
                 return False
         vma = vma.next
     return True

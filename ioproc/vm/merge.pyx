@@ -101,6 +101,8 @@ cdef bint is_counted(const VMArea *vma) noexcept nogil:
 cdef bint may_merge(const Proposed *want, const VMArea *with_vma) noexcept nogil:
     if with_vma.flags != want.flags or with_vma.file != want.file or with_vma.chain != want.chain:
         return False
+    if want.flags & VM_SPECIAL:
+        return False
     if with_vma.attach != want.attach:      # the kernel has another file object for each
         return False
     if with_vma.anon == NULL and want.anon != NULL:
@@ -211,11 +213,9 @@ cdef VMArea *merge_existing(MM *mm, Proposed *want) noexcept nogil:
 
 
 cdef void vma_set_flags(VMArea *vma, u64 flags) noexcept nogil:
-    if is_data(vma.flags):
-        vma.mm.data_pages -= vma_pages(vma)
+    pages_count(vma.mm, vma.flags, 0 - vma_pages(vma))
     vma.flags = flags
-    if is_data(flags):
-        vma.mm.data_pages += vma_pages(vma)
+    pages_count(vma.mm, flags, vma_pages(vma))
 
 
 cdef int vma_modify(MM *mm, VMArea **at, u64 start, u64 end, u64 flags, Chain *chain) noexcept nogil:

@@ -9,7 +9,7 @@ from libc.string cimport memcpy, memmove
 from posix.stdlib cimport posix_memalign
 from ioproc.hooks.chain cimport likely, unlikely
 from ioproc.vm.mm cimport (
-    MM, MMAP_MIN, NODE_ENTRIES, PAGE_SHIFT, VM_GROWSDOWN, VM_SHARED, VM_WRITE, Entry, Node, VMArea, check,
+    MM, MMAP_MIN, NODE_ENTRIES, PAGE_SHIFT, VM_GROWSDOWN, VM_LOCKED, VM_SHARED, VM_WRITE, Entry, Node, VMArea, check,
     pthread_mutex_lock, pthread_mutex_unlock)
 
 cdef enum:
@@ -84,6 +84,19 @@ cdef inline bint may_expand(const MM *mm, u64 flags, u64 pages) noexcept nogil:
     if mm.total_pages + pages > mm.limit_as >> PAGE_SHIFT:
         return False
     return not is_data(flags) or mm.data_pages + pages <= mm.limit_data >> PAGE_SHIFT
+
+
+cdef inline bint may_lock(const MM *mm, u64 pages) noexcept nogil:
+    return mm.locked_pages + pages <= mm.limit_memlock >> PAGE_SHIFT
+
+
+cdef inline void pages_count(MM *mm, u64 flags, u64 pages) noexcept nogil:
+    """So many more, which may be negative, in VMAs with these flags."""
+    mm.total_pages += pages
+    if is_data(flags):
+        mm.data_pages += pages
+    if flags & VM_LOCKED:
+        mm.locked_pages += pages
 
 
 cdef inline u64 vma_start_gap(const VMArea *vma) noexcept nogil:
@@ -373,9 +386,7 @@ cdef inline void vma_resize(VMArea *vma, u64 start, u64 end) noexcept nogil:
     vma.end = end
     if listed:
         pthread_mutex_unlock(&mm.mem.lock)
-    mm.total_pages += vma_pages(vma) - pages
-    if is_data(vma.flags):
-        mm.data_pages += vma_pages(vma) - pages
+    pages_count(mm, vma.flags, vma_pages(vma) - pages)
     path.node[0].entry[path.slot[0]].end = end
     path.node[0].gap[path.slot[0]] = vma_gap(vma)
     vma_set_next_gap(mm, &path, vma.next)
@@ -403,9 +414,7 @@ cdef inline void vma_insert(MM *mm, VMArea *vma) noexcept nogil:
         mm.last = vma
     tree_insert(mm, &path, vma.end, vma, vma_gap(vma))
     mm.map_count += 1
-    mm.total_pages += vma_pages(vma)
-    if is_data(vma.flags):
-        mm.data_pages += vma_pages(vma)
+    pages_count(mm, vma.flags, vma_pages(vma))
 
 
 cdef inline void vma_erase(MM *mm, VMArea *vma) noexcept nogil:
@@ -426,9 +435,7 @@ cdef inline void vma_erase(MM *mm, VMArea *vma) noexcept nogil:
     if mm.cached == vma:
         mm.cached = NULL
     mm.map_count -= 1
-    mm.total_pages -= vma_pages(vma)
-    if is_data(vma.flags):
-        mm.data_pages -= vma_pages(vma)
+    pages_count(mm, vma.flags, 0 - vma_pages(vma))
 
 
 cdef inline VMArea *vma_gap_before(MM *mm, const VMArea *vma, u64 length) noexcept nogil:
