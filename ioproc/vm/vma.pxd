@@ -87,7 +87,7 @@ cdef inline bint may_expand(const MM *mm, u64 flags, u64 pages) noexcept nogil:
 
 
 cdef inline bint may_lock(const MM *mm, u64 pages) noexcept nogil:
-    return mm.locked_pages + pages <= mm.limit_memlock >> PAGE_SHIFT
+    return mm.limit_memlock == UINT64_MAX or mm.locked_pages + pages <= mm.limit_memlock >> PAGE_SHIFT
 
 
 cdef inline void pages_count(MM *mm, u64 flags, u64 pages) noexcept nogil:
