@@ -285,7 +285,8 @@ def test_what_reaches_into_other_address_spaces_or_keeps_the_old_place():
 
 
 def test_what_stays_mapped_stays_a_buffer():
-    history = History().mmap(0, 2).comm(0, 2).mremap(0, 2, 2, to=8, flags=5).madvise(0, 2).madvise(8, 2).munmap(8, 2).madvise(0, 2)
+    history = (History().mmap(0, 2).comm(0, 2).mremap(0, 2, 2, to=8, flags=5).madvise(0, 2).madvise(8, 2).munmap(8, 2)
+               .madvise(0, 2))
     result = replay(history.trace(), placement="vma")
     assert result.differences == {}
     assert result.callbacks["invalidate_range"] == 2 + 2 + 1 + 1
