@@ -510,8 +510,7 @@ class MM(VmaList):
                 frame = pte.frame
                 if frame.slot or frame.dirty and len(frame.mappings) > 1:
                     continue            # others may need what only this frame says
-                frame.dirty, frame.lazyfree = False, True
-                pte.young = pte.dirty = False
+                frame.dirty = pte.young = pte.dirty = False
 
     def _remove_pages(self, vma, start, end):
         if vma.special:
@@ -838,7 +837,7 @@ class MM(VmaList):
     def _fault_swapped(self, vma, page, entry, write):
         slot, frame = entry.slot, entry.slot.frame
         alone = entry.exclusive or (
-            (write or vma.locked) and slot.users == 1 and (frame is None or not (frame.mappings or frame.pins)))
+            (write or vma.locked) and slot.users == 1 and frame is None)
         if write and not alone:
             return self._copy_swapped(vma, page, slot)
         if frame is None:

@@ -14,7 +14,7 @@ import numpy as np
 
 PAGE = 4096
 WORD = 1 << 64
-BATCH = 32          # a fault that finds no frame reclaims this many, if it can
+BATCH = 32          # a fault that finds no frame reclaims this many, if it can and the memory is not small
 
 
 class AccessError(Exception):
@@ -88,7 +88,6 @@ class Frame:
     slot: object = None                             # anonymous: swapped in, and others still have it swapped
     dirty: bool = False                             # beside what page-table entries say
     counted: bool = True                            # neither the zero page nor a device's
-    lazyfree: bool = False                          # MADV_FREE: may vanish unless it was written since
     data: bytearray = field(default_factory=lambda: bytearray(PAGE))
 
     @property
@@ -134,11 +133,11 @@ class PhysicalMemory:
         return frame
 
     def release(self, frame):
-        """Free the frame if nothing uses it any more (its swap slot does without)."""
+        """Free the frame if nothing uses it any more."""
+        if frame.slot and not frame.mappings:       # what is in swap as well needs no frame
+            frame.slot.frame = frame.slot = None
         if frame.mappings or frame.file or frame.pins or not frame.counted:
             return
-        if frame.slot:
-            frame.slot.frame = None
         del self.used[frame.pfn]
         self.free_pfns.append(frame.pfn)
 
@@ -151,7 +150,7 @@ class PhysicalMemory:
             try:
                 return call(*args)
             except OutOfFrames:
-                if not self._reclaim(BATCH):
+                if not self._reclaim(min(max(1, self.frames // 16), BATCH)):
                     raise
 
     # --- swap
@@ -174,21 +173,22 @@ class PhysicalMemory:
     def evictable(self, frame):
         if frame.pins or any(mm.find(addr).locked for mm, addr in frame.mappings):
             return False
-        return bool(len(self.slots) < self.swap_slots or frame.slot or self._vanishes(frame)
+        return bool(len(self.slots) < self.swap_slots or frame.slot or not self._wanted(frame)
                     or (frame.file and not frame.file.shmem))
 
     @staticmethod
-    def _vanishes(frame):
-        return frame.lazyfree and not frame.dirty and not any(mm.ptes[addr].dirty for mm, addr in frame.mappings)
+    def _wanted(frame):
+        """Its contents are nowhere else. (An anonymous page is dirty but for MADV_FREE.)"""
+        return frame.dirty or any(mm.ptes[addr].dirty for mm, addr in frame.mappings)
 
     def evict(self, frame, mappings=None):
         """Take a frame from all who have it: hook by hook, then its contents go where they can be found again."""
         assert self.evictable(frame), "this frame must stay"
         mappings = sorted(frame.mappings, key=lambda m: (m[0].number, m[1])) if mappings is None else mappings
-        file, slot, vanishes = frame.file, frame.slot, self._vanishes(frame)
+        file, slot, wanted = frame.file, frame.slot, self._wanted(frame)
         self.log.append((file, frame.number, mappings))
         self.counts["reclaimed"] += 1
-        if not slot and not vanishes and (not file or file.shmem):
+        if wanted and not slot and (not file or file.shmem):
             slot = self.swap_slot(frame.data)
         self.counts["swapped_out"] += slot is not None
         for mm, addr in mappings:
@@ -201,7 +201,7 @@ class PhysicalMemory:
         if file:
             file.evict(frame, slot)
         else:
-            self.counts["discarded"] += vanishes
+            self.counts["discarded"] += not slot
 
     def _reclaim(self, n):
         """One run of reclaim: how many frames became free."""
@@ -322,6 +322,7 @@ class File:
             frame.file, frame.number = self, number
             self.pages[number] = frame
             if slot:
+                frame.dirty = True              # what comes from swap is nowhere else from now on
                 self.mem.swap_free(self.slots.pop(number))
                 self.mem.counts["swapped_in"] += 1
         return self.pages[number]
