@@ -32,6 +32,7 @@ MAP_LOCKED = 0x2000
 MAP_NORESERVE = 0x4000
 MAP_POPULATE = 0x8000
 MAP_STACK = 0x20000
+MAP_HUGETLB = 0x40000
 MAP_FIXED_NOREPLACE = 0x100000
 MREMAP_MAYMOVE = 1
 MREMAP_FIXED = 2
@@ -40,9 +41,9 @@ MS_INVALIDATE = 2
 MS_SYNC = 4
 
 __all__ = [
-    "HOOK_NAMES", "MAP_FIXED", "MAP_FIXED_NOREPLACE", "MAP_LOCKED", "MAP_NORESERVE", "MAP_POPULATE", "MAP_STACK", "MREMAP_FIXED",
-    "MREMAP_MAYMOVE", "MS_ASYNC", "MS_INVALIDATE", "MS_SYNC", "VMA", "AccessError", "AddressSpace", "BusError", "CountingOps",
-    "File", "Ops", "PhysicalMemory", "SegmentationFault", "Trace", "choose", "get_include", "replay",
+    "HOOK_NAMES", "MAP_FIXED", "MAP_FIXED_NOREPLACE", "MAP_HUGETLB", "MAP_LOCKED", "MAP_NORESERVE", "MAP_POPULATE", "MAP_STACK",
+    "MREMAP_FIXED", "MREMAP_MAYMOVE", "MS_ASYNC", "MS_INVALIDATE", "MS_SYNC", "VMA", "AccessError", "AddressSpace", "BusError",
+    "CountingOps", "File", "Ops", "PhysicalMemory", "SegmentationFault", "Trace", "choose", "get_include", "replay",
 ]
 __version__ = "0.1.0"
 

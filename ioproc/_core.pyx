@@ -17,6 +17,7 @@ from ioproc.vm.frames cimport *
 from ioproc.vm.page_table cimport *
 from ioproc.vm.vma cimport *
 from ioproc.vm.rmap cimport *
+from ioproc.vm.huge cimport *
 from ioproc.vm.fire cimport *
 from ioproc.vm.swap cimport *
 from ioproc.vm.reclaim cimport *
@@ -30,6 +31,7 @@ include "vm/merge.pyx"
 include "vm/mmap.pyx"
 include "vm/protect.pyx"
 include "vm/mremap.pyx"
+include "vm/huge.pyx"
 include "vm/nonlinear.pyx"
 include "vm/device.pyx"
 include "vm/lifecycle.pyx"

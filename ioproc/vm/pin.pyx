@@ -6,19 +6,19 @@ cdef int mm_pin(MM *mm, u64 start, u64 end, bint write, u64 *pfns) noexcept nogi
     """A reference to the frame of each page of [start, end), page aligned.  0, or a negative errno and no page pinned."""
     cdef FrameBatch batch
     cdef u64 addr = start
-    cdef u64 *pte
+    cdef u64 pte = 0
     cdef int why = ACCESS_OK
     batch_begin(&batch, mm.mem, (end - start) >> PAGE_SHIFT)
     while addr < end:
-        why = access_page(mm, addr, write, &batch, &pte)
-        if why == ACCESS_OK and pte[0] & PTE_SPECIAL:           # no frame of ours
+        why = access_any(mm, addr, write, &batch, &pte)
+        if why == ACCESS_OK and pte & PTE_SPECIAL:           # no frame of ours
             why = ACCESS_SEGV
         if why:
             break
         pfns[(addr - start) >> PAGE_SHIFT] = 0
-        if not pte[0] & PTE_ZERO:           # which is never counted
-            pfns[(addr - start) >> PAGE_SHIFT] = pte_pfn(pte[0])
-            atomic_add(&frame_at(mm.mem, pte_pfn(pte[0])).counts, ONE_REFERENCE)
+        if not pte & PTE_ZERO:              # which is never counted
+            pfns[(addr - start) >> PAGE_SHIFT] = pte_pfn(pte)
+            atomic_add(&frame_any(mm.mem, pte_pfn(pte)).counts, ONE_REFERENCE)
         addr += PAGE_SIZE
     if why:
         frames_unpin(&batch, pfns, (addr - start) >> PAGE_SHIFT)
@@ -37,15 +37,20 @@ cdef u64 frames_unpin(FrameBatch *batch, const u64 *pfns, u64 n) noexcept nogil:
     for i in range(n):
         if pfns[i] == 0:
             continue
-        if pfns[i] > mem.nframes:
+        frame = frame_any(mem, pfns[i])
+        if frame == NULL:
             return i
-        frame = frame_at(mem, pfns[i])
         pthread_mutex_lock(&mem.lock)
         owner = atomic_load(&frame.owner)
-        cached = owner != 0 and not owner & OWNER_ANON or (mem.nslots and mem.slot_of[pfns[i]] != 0)
+        cached = owner != 0 and not owner & OWNER_ANON
+        if pfns[i] <= mem.nframes and mem.nslots and mem.slot_of[pfns[i]]:
+            cached = True
         pinned = references_of(atomic_load(&frame.counts)) > cached
         pthread_mutex_unlock(&mem.lock)
         if not pinned:
             return i
-        frame_put(batch, pfns[i])
+        if pfns[i] <= mem.nframes:
+            frame_put(batch, pfns[i])
+        else:
+            huge_put(mem, pfns[i] & ~<u64> (HUGE_PAGES - 1), ONE_REFERENCE, False)
     return n

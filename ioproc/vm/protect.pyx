@@ -1,5 +1,5 @@
 # mprotect, madvise and msync.
-from libc.errno cimport EACCES, EAGAIN, EBUSY
+from libc.errno cimport EACCES, EAGAIN, EBUSY, ENODEV
 
 cdef enum:
     PROT_SEM = 0x8
@@ -51,7 +51,7 @@ cdef int vma_protect(MM *mm, VMArea *vma, u64 start, u64 end, u64 flags) noexcep
     if flags & VM_WRITE:
         if not may_expand(mm, flags, pages) and may_expand(mm, vma.flags, pages):
             return -ENOMEM
-        if not vma.flags & (VM_ACCOUNT | VM_WRITE | VM_SHARED | VM_NORESERVE):
+        if not vma.flags & (VM_ACCOUNT | VM_WRITE | VM_SHARED | VM_NORESERVE | VM_HUGETLB):
             flags |= VM_ACCOUNT
     elif vma.flags & VM_ACCOUNT and vma_is_anonymous(vma) and vma.anon == NULL:
         flags &= ~<u64> VM_ACCOUNT
@@ -59,7 +59,10 @@ cdef int vma_protect(MM *mm, VMArea *vma, u64 start, u64 end, u64 flags) noexcep
     if error:
         return error
     fire_protection(mm, vma, start, end, <u32> (flags & VM_ACCESS))
-    protect_range(mm, vma, start, end)
+    if vma.flags & VM_HUGETLB:
+        protect_huge_range(mm, vma, start, end)
+    else:
+        protect_range(mm, vma, start, end)
     if flags & VM_WRITE and old & (VM_WRITE | VM_SHARED | VM_LOCKED) == VM_LOCKED:
         populate(mm, start, end)            # locked memory takes its write faults now
     return 0
@@ -135,11 +138,11 @@ cdef int populate_advised(MM *mm, u64 start, u64 end, bint write) noexcept nogil
         vma = vma_at(mm, start)
         if vma == NULL:
             return -ENOMEM
-        if not vma.flags & (VM_WRITE if write else VM_READ):
+        if not vma.flags & (VM_WRITE if write else VM_READ) or vma.flags & VM_PFNMAP:
             return -EINVAL
         stop = vma.end if vma.end < end else end
         batch_begin(&batch, mm.mem, (stop - start) >> PAGE_SHIFT)
-        why = touch_range(mm, start, stop, write, &batch, &faulted, &stopped)
+        why = touch_any(mm, start, stop, write, &batch, &faulted, &stopped)
         batch_end(&batch)
         if why:
             return -EFAULT if why == ACCESS_BUS else -ENOMEM
@@ -185,13 +188,20 @@ cdef int mm_madvise(MM *mm, u64 start, u64 length, int advice) noexcept nogil:
         if advice == MADV_DONTNEED or advice == MADV_DONTNEED_LOCKED:
             if vma.flags & VM_PFNMAP or (vma.flags & VM_LOCKED and advice == MADV_DONTNEED):
                 return -EINVAL
+            if vma.flags & VM_HUGETLB:
+                if start & (HUGE_SIZE - 1):
+                    return -EINVAL
+                stop &= HUGE_MASK           # part of a page is not forgotten
+                if start == stop:
+                    return result
             fire_range(mm, INVALIDATE_RANGE, vma, start, stop)
             batch_begin(&batch, mm.mem, 0)
             if vma.flags & VM_NONLINEAR:
-                zap_nonlinear(mm, vma, start, stop, 0, &batch)
+                zap_nonlinear(mm, vma, start, stop, 0, UINT64_MAX, &batch)
             else:
                 zap_range(mm, start, stop, &batch)
             batch_end(&batch)
+            stop = vma.end if vma.end < end else end
         elif advice == MADV_FREE:
             if vma.flags & VM_LOCKED or not vma_is_anonymous(vma):
                 return -EINVAL
@@ -200,14 +210,16 @@ cdef int mm_madvise(MM *mm, u64 start, u64 length, int advice) noexcept nogil:
             free_range(mm, start, stop, &batch)
             batch_end(&batch)
         elif advice == MADV_REMOVE:
-            if vma.flags & VM_LOCKED or vma_is_anonymous(vma):
+            if vma.flags & (VM_LOCKED | VM_NONLINEAR) or vma_is_anonymous(vma):
                 return -EINVAL
+            if vma.flags & VM_PFNMAP:
+                return -ENODEV
             if vma.flags & (VM_SHARED | VM_MAYWRITE) != VM_SHARED | VM_MAYWRITE:
                 return -EACCES
             remove_advised(mm, vma, start, stop)
         elif advice == MADV_WIPEONFORK and not vma_is_anonymous(vma):
             return -EINVAL
-        elif vma.flags & VM_SPECIAL and (advice == MADV_DOFORK or advice == MADV_DODUMP):
+        elif vma.flags & VM_PFNMAP and (advice == MADV_DOFORK or advice == MADV_DODUMP):
             return -EINVAL
         elif advised_flags(vma.flags, advice) != vma.flags:
             error = vma_modify(mm, &vma, start, stop, advised_flags(vma.flags, advice), vma.chain)
