@@ -240,8 +240,9 @@ cdef class AddressSpace:
         cdef dict limits = dict(rlimits or {})
         cdef u64 limit_as = as_u64(limits.pop("AS", UINT64_MAX), "rlimits['AS']")
         cdef u64 limit_data = as_u64(limits.pop("DATA", UINT64_MAX), "rlimits['DATA']")
+        cdef u64 limit_memlock = as_u64(limits.pop("MEMLOCK", UINT64_MAX), "rlimits['MEMLOCK']")
         if limits:
-            raise ValueError(f"rlimits: {', '.join(map(repr, limits))}: not one of 'AS', 'DATA'")
+            raise ValueError(f"rlimits: {', '.join(map(repr, limits))}: not one of 'AS', 'DATA', 'MEMLOCK'")
         if brk & (PAGE_SIZE - 1) or brk > TASK_SIZE:
             raise ValueError(f"start_brk = {start_brk:#x}: not a page of the address space")
         self.adopt(mem, mm_new(mem.mem))
@@ -250,6 +251,7 @@ cdef class AddressSpace:
         self.mm.brk = brk
         self.mm.limit_as = limit_as
         self.mm.limit_data = limit_data
+        self.mm.limit_memlock = limit_memlock
         self.mm.nonlinear = nonlinear
 
     cdef int adopt(self, PhysicalMemory mem, MM *mm) except -1:
@@ -332,8 +334,8 @@ cdef class AddressSpace:
             Bytes, rounded up to pages.
         prot, flags : int
             As mmap(2): ``PROT_*``; ``MAP_PRIVATE`` or ``MAP_SHARED``, ``MAP_ANONYMOUS``, ``MAP_FIXED``, ``MAP_FIXED_NOREPLACE``,
-            ``MAP_POPULATE``, ``MAP_LOCKED``, ``MAP_NORESERVE``, ``MAP_STACK``, ``MAP_HUGETLB`` (2 MiB pages; `length` is rounded up to
-            them).
+            ``MAP_POPULATE``, ``MAP_LOCKED``, ``MAP_NORESERVE``, ``MAP_STACK``, ``MAP_HUGETLB`` (2 MiB pages: `length` is rounded
+            up to whole ones).
         addr : int, optional
             A hint, or with ``MAP_FIXED`` the place.  Without one: the highest gap that fits.
         file : File, optional
@@ -481,6 +483,38 @@ cdef class AddressSpace:
             mm_put(mm)
         if error:
             raise syscall_error(error, f"madvise advice {advice}")
+
+    def mlock(self, addr, length):
+        """
+        Lock the pages of a range, rounded out: reclaim passes them over from now on, and they are faulted in at once.
+
+        Raises
+        ------
+        OSError
+            ENOMEM: a hole (what is before it is locked, but not faulted in), a page that cannot be had, or more than
+            ``rlimits["MEMLOCK"]``.  EAGAIN: no frame.  EPERM: that limit is 0.
+        """
+        cdef u64 at = as_u64(addr, "addr")
+        cdef u64 bytes_ = as_u64(length, "length")
+        cdef int error
+        self.enter()
+        with nogil:
+            error = mm_mlock(self.mm, at, bytes_)
+        self.leave()
+        if error:
+            raise syscall_error(error, "mlock")
+
+    def munlock(self, addr, length):
+        """Unlock the pages of a range, rounded out.  A hole is ENOMEM after the VMAs before it are unlocked."""
+        cdef u64 at = as_u64(addr, "addr")
+        cdef u64 bytes_ = as_u64(length, "length")
+        cdef int error
+        self.enter()
+        with nogil:
+            error = mm_munlock(self.mm, at, bytes_)
+        self.leave()
+        if error:
+            raise syscall_error(error, "munlock")
 
     def msync(self, addr, length, flags=4):
         """``sync_range`` per shared VMA.  `flags`: MS_ASYNC 1, MS_INVALIDATE 2, MS_SYNC 4."""
@@ -867,12 +901,12 @@ cdef class AddressSpace:
     def stats(self):
         """
         dict: ``faults`` and their kinds (``faults_zero _anon _file _reuse _cow _swap``), ``map_count``, ``total_pages``,
-        ``rss_pages``, ``swap_pages``; ``hooks`` (chains walked) and ``callbacks`` (run), by callback name; ``chain_nodes`` visited.
+        ``rss_pages``, ``swap_pages``, ``locked_pages``; ``hooks`` (chains walked) and ``callbacks`` (run), by callback name; ``chain_nodes`` visited.
         Hooks are counted only where a chain exists.
         """
         cdef FaultCounts faults
         cdef HookCounts hooks
-        cdef u64 map_count, total_pages, rss, swapped
+        cdef u64 map_count, total_pages, rss, swapped, locked
         self.look_begin()
         faults = self.mm.faults
         hooks = self.mm.hooks
@@ -880,12 +914,14 @@ cdef class AddressSpace:
         total_pages = self.mm.total_pages
         rss = self.mm.rss
         swapped = self.mm.swapped
+        locked = self.mm.locked_pages
         self.look_end()
         return {
             "faults": faults.zero + faults.anon + faults.file + faults.reuse + faults.cow + faults.swap,
             "faults_zero": faults.zero, "faults_anon": faults.anon, "faults_file": faults.file,
             "faults_reuse": faults.reuse, "faults_cow": faults.cow, "faults_swap": faults.swap,
             "map_count": map_count, "total_pages": total_pages, "rss_pages": rss, "swap_pages": swapped,
+            "locked_pages": locked,
             "hooks": hook_dict(hooks.walks), "callbacks": hook_dict(hooks.callbacks), "chain_nodes": hooks.cells,
         }
 

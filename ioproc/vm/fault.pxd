@@ -7,9 +7,9 @@ from ioproc.vm.frames cimport (
     frame_unmap, mapcount_of, pool_take)
 from ioproc.vm.mm cimport (
     MM, OWNER_ANON, OWNER_DIRTY, PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, PTE_DIRTY, PTE_EXCLUSIVE, PTE_PRESENT, PTE_SPECIAL,
-    PTE_SWAP, PTE_USER, PTE_WRITE, PTE_YOUNG, PTE_ZERO, VM_ACCESS, VM_HUGETLB, VM_LOCKED, VM_SHARED, VM_WRITE, AnonVMA, FileCache, Memory,
-    Slot, Table, VMArea, atomic_add, atomic_load, atomic_store, check, page_align, pthread_mutex_lock, pthread_mutex_unlock,
-    vma_index)
+    PTE_SWAP, PTE_USER, PTE_WRITE, PTE_YOUNG, PTE_ZERO, VM_ACCESS, VM_HUGETLB, VM_LOCKED, VM_SHARED, VM_WRITE, AnonVMA,
+    FileCache, Memory, Slot, Table, VMArea, atomic_add, atomic_load, atomic_store, check, page_align, pthread_mutex_lock,
+    pthread_mutex_unlock, vma_index)
 from ioproc.vm.page_table cimport leaf_drop, leaf_end, leaf_find, leaf_make, pte_set, table_index
 from ioproc.vm.reclaim cimport RECLAIM_TRIES, reclaim_some
 from ioproc.vm.rmap cimport anon_is_singular, anon_join, anon_new, anon_root

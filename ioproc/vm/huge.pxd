@@ -72,7 +72,7 @@ cdef inline u64 huge_take(Memory *mem, bint reserved) noexcept nogil:
 
 
 cdef inline void huge_give(Memory *mem, u64 pfn) noexcept nogil:
-    """Nobody maps or references it any more.  Memory.lock is held."""
+    """Nobody maps or references any page of it any more.  Memory.lock is held."""
     cdef Frame *frame = huge_frame(mem, pfn)
     free(frame.contents)
     frame.contents = NULL

@@ -72,6 +72,7 @@ cdef MM *mm_new(Memory *mem) noexcept nogil:
     mm.max_map_count = 65530
     mm.limit_as = UINT64_MAX
     mm.limit_data = UINT64_MAX
+    mm.limit_memlock = UINT64_MAX
     return mm
 
 
@@ -153,6 +154,7 @@ cdef MM *mm_fork(MM *parent) noexcept nogil:
     child.nonlinear = parent.nonlinear
     child.limit_as = parent.limit_as
     child.limit_data = parent.limit_data
+    child.limit_memlock = parent.limit_memlock
     done = fork_vmas(parent, child)
     mm_unlock(child)
     if not done:

@@ -96,8 +96,9 @@ cdef class PhysicalMemory:
     def stats(self):
         """
         dict: ``frames``, ``frames_free``, ``frames_used``, ``swap_slots``, ``swap_free``, ``swap_used``, ``huge_pages``,
-        ``huge_pages_free``, ``huge_pages_reserved`` (of those free: promised to mappings), now; and so far, in pages: ``scanned`` (looked at by reclaim), ``reclaimed`` (frames freed by it), ``swapped_out``, ``swapped_in``,
-        ``written_back`` (dirty pages of files), ``discarded`` (clean pages of files, and what MADV_FREE gave up).
+        ``huge_pages_free``, ``huge_pages_reserved`` (of those free: promised to mappings), now; and so far, in pages:
+        ``scanned`` (looked at by reclaim), ``reclaimed`` (frames freed by it), ``swapped_out``, ``swapped_in``, ``written_back``
+        (dirty pages of files), ``discarded`` (clean pages of files, and what MADV_FREE gave up).
         """
         cdef u64 left, swap_used, huge_free, huge_reserved
         cdef ReclaimCounts counts
@@ -218,21 +219,23 @@ cdef class PhysicalMemory:
         Raises
         ------
         ValueError
-            A frame is not pinned; those before it in `pfns` are unpinned.
+            A frame is not pinned (so often); nothing is unpinned.
         """
-        cdef const u64[::1] rows = np.ascontiguousarray(pfns, np.uint64).ravel()
-        cdef u64 n = rows.shape[0]
-        cdef u64 done
-        cdef FrameBatch batch
+        cdef const u64[::1] rows
+        cdef const i64[::1] times
+        cdef u64 n, done
         refuse_in_callback()
+        numbers = np.asarray(pfns, np.uint64)
+        # references are a huge page's, not its parts'
+        numbers = np.where(numbers > self.mem.nframes, numbers // HUGE_PAGES * HUGE_PAGES, numbers)
+        rows, times = np.unique(numbers, return_counts=True)
+        n = rows.shape[0]
         if n == 0:
             return
         with nogil:
-            batch_begin(&batch, self.mem, 0)
-            done = frames_unpin(&batch, &rows[0], n)
-            batch_end(&batch)
+            done = frames_unpin(self.mem, &rows[0], &times[0], n)
         if done < n:
-            raise ValueError(f"pfns[{done}] = {rows[done]}: not pinned")
+            raise ValueError(f"pfns: {rows[done]} is not pinned {times[done]} times")
 
     def mappings(self, pfn):
         """

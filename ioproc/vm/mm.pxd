@@ -224,6 +224,7 @@ cdef struct MM:
     u64 map_count
     u64 total_pages             # mapped, present or not
     u64 data_pages              # private writable
+    u64 locked_pages            # VM_LOCKED
     u64 rss                     # page-table entries that map a counted frame
     u64 swapped                 # swap entries
     u64 start_brk
@@ -232,6 +233,7 @@ cdef struct MM:
     u64 attaches                # shmat() calls so far, here or before the fork
     u64 limit_as                # bytes
     u64 limit_data
+    u64 limit_memlock
     Chain *chain
     Chain *cells                # live cells, to intern
     Attached *attached

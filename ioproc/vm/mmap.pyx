@@ -74,21 +74,28 @@ cdef int mm_munmap(MM *mm, u64 start, u64 length) noexcept nogil:
     return unmap_range(mm, start, start + page_align(length))
 
 
-cdef void populate(MM *mm, u64 start, u64 end) noexcept nogil:
-    """MAP_POPULATE, MAP_LOCKED: as far as it goes; a failure is not the caller's."""
+cdef int populate(MM *mm, u64 start, u64 end, bint strict) noexcept nogil:
+    """
+    Fault in what is mapped.  `strict` (mlock): up to the first failure, which is -ENOMEM, or -EAGAIN for want of a frame;
+    else (MAP_POPULATE, MAP_LOCKED) as far as it goes, and a failure is not the caller's.
+    """
     cdef VMArea *vma = vma_first_in(mm, start, end)
     cdef FrameBatch batch
     cdef u64 faulted, stopped, first, last
     cdef bint write
+    cdef int why
     while vma != NULL:
         first = vma.start if vma.start > start else start
         last = vma.end if vma.end < end else end
-        if vma.flags & VM_ACCESS and not vma.flags & VM_PFNMAP:
+        if not vma.flags & VM_PFNMAP:
             write = vma.flags & (VM_WRITE | VM_SHARED) == VM_WRITE
             batch_begin(&batch, mm.mem, (last - first) >> PAGE_SHIFT)
-            touch_any(mm, first, last, write, &batch, &faulted, &stopped)
+            why = touch_any(mm, first, last, write, &batch, &faulted, &stopped)
             batch_end(&batch)
+            if why and strict:
+                return -EAGAIN if why == ACCESS_OOM else -ENOMEM
         vma = vma_next_in(vma, end)
+    return 0
 
 
 cdef i64 address_find(MM *mm, u64 addr, u64 length, bint fixed) noexcept nogil:
@@ -169,6 +176,7 @@ cdef i64 mm_mmap(MM *mm, u64 addr, u64 length, u64 prot, u64 flags, FileCache *f
     cdef bint fixed = flags & (MAP_FIXED | MAP_FIXED_NOREPLACE) != 0
     cdef FileCache *made = NULL
     cdef i64 result
+    cdef int error
     if offset & (PAGE_SIZE - 1):
         return -EINVAL
     if flags & MAP_ANONYMOUS:
@@ -201,6 +209,10 @@ cdef i64 mm_mmap(MM *mm, u64 addr, u64 length, u64 prot, u64 flags, FileCache *f
     addr = <u64> result
     if flags & MAP_FIXED_NOREPLACE and vma_first_in(mm, addr, addr + length) != NULL:
         return -EEXIST
+    if flags & MAP_LOCKED:
+        error = lock_checked(mm, length >> PAGE_SHIFT)
+        if error:
+            return error
     if file != NULL and pgoff > (FILE_LIMIT - length) >> PAGE_SHIFT:
         return -EOVERFLOW
     if type == MAP_SHARED_VALIDATE and file != NULL and flags & MAP_FIXED_NOREPLACE:
@@ -223,7 +235,7 @@ cdef i64 mm_mmap(MM *mm, u64 addr, u64 length, u64 prot, u64 flags, FileCache *f
     if made != NULL:
         file_put(made)
     if result >= 0 and (flags & MAP_LOCKED or flags & (MAP_POPULATE | MAP_NONBLOCK) == MAP_POPULATE):
-        populate(mm, addr, addr + length)
+        populate(mm, addr, addr + length, False)
     return result
 
 

@@ -100,6 +100,8 @@ cdef i64 mremap_check_resize(MM *mm, VMArea *vma, u64 addr, u64 old_length, u64 
         return -EINVAL
     if vma.flags & (VM_DONTEXPAND | VM_PFNMAP):
         return -EFAULT
+    if vma.flags & VM_LOCKED and not may_lock(mm, (new_length - old_length) >> PAGE_SHIFT):
+        return -EAGAIN
     if not may_expand(mm, vma.flags, (new_length - old_length) >> PAGE_SHIFT):
         return -ENOMEM
     return 0
@@ -201,7 +203,7 @@ cdef i64 mm_mremap(MM *mm, u64 addr, u64 old_length, u64 new_length, int flags, 
     if result >= 0 and new_length > old_length:
         vma = vma_at(mm, <u64> result)
         if vma.flags & VM_LOCKED:
-            populate(mm, <u64> result + old_length, <u64> result + new_length)
+            populate(mm, <u64> result + old_length, <u64> result + new_length, False)
     return result
 
 

@@ -8,6 +8,7 @@ cdef int mm_remap_file_pages(MM *mm, u64 start, u64 length, u64 pgoff) noexcept 
     cdef VMArea *last
     cdef u64 kept = VM_ACCESS | VM_MAYACCESS | VM_SHARED | VM_LOCKED | VM_SYSV_SHM | VM_HUGETLB | VM_DONTEXPAND
     cdef i64 result
+    cdef int error
     start &= PAGE_MASK
     length &= PAGE_MASK
     if end <= start or pgoff + (length >> PAGE_SHIFT) < pgoff:
@@ -29,12 +30,16 @@ cdef int mm_remap_file_pages(MM *mm, u64 start, u64 length, u64 pgoff) noexcept 
         return -ENOMEM
     if vma.flags & VM_HUGETLB and (start | length) & (HUGE_SIZE - 1):
         return -EINVAL
+    if vma.flags & VM_LOCKED:
+        error = lock_checked(mm, length >> PAGE_SHIFT)
+        if error:
+            return error
     if pgoff > (FILE_LIMIT - length) >> PAGE_SHIFT:
         return -EOVERFLOW
     result = map_range(mm, start, length, vma.flags & kept, vma.file, pgoff, vma.attach, False)
     if result < 0:
         return <int> result
-    populate(mm, start, end)
+    populate(mm, start, end, False)
     return 0
 
 

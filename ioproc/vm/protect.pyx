@@ -1,5 +1,5 @@
 # mprotect, madvise and msync.
-from libc.errno cimport EACCES, EAGAIN, EBUSY, ENODEV
+from libc.errno cimport EACCES, EBUSY, ENODEV
 
 cdef enum:
     PROT_SEM = 0x8
@@ -64,7 +64,7 @@ cdef int vma_protect(MM *mm, VMArea *vma, u64 start, u64 end, u64 flags) noexcep
     else:
         protect_range(mm, vma, start, end)
     if flags & VM_WRITE and old & (VM_WRITE | VM_SHARED | VM_LOCKED) == VM_LOCKED:
-        populate(mm, start, end)            # locked memory takes its write faults now
+        populate(mm, start, end, False)            # locked memory takes its write faults now
     return 0
 
 
@@ -84,7 +84,9 @@ cdef enum Advice:
     MADV_DODUMP = 17
     MADV_WIPEONFORK = 18
     MADV_KEEPONFORK = 19
-    MADV_POPULATE_READ = 22
+    MADV_COLD = 20
+    MADV_PAGEOUT
+    MADV_POPULATE_READ
     MADV_POPULATE_WRITE = 23
     MADV_DONTNEED_LOCKED = 24
 
@@ -121,7 +123,7 @@ cdef int advice_known(int advice) noexcept nogil:
         return -EINVAL
     if MADV_NORMAL <= advice <= MADV_DONTNEED or MADV_HUGEPAGE <= advice <= MADV_KEEPONFORK:
         return 0
-    if MADV_FREE <= advice <= MADV_DOFORK or MADV_POPULATE_READ <= advice <= MADV_DONTNEED_LOCKED:
+    if MADV_FREE <= advice <= MADV_DOFORK or MADV_COLD <= advice <= MADV_DONTNEED_LOCKED:
         return 0
     if 8 <= advice <= 25 or 100 <= advice <= 103:
         return -ENOSYS
@@ -161,6 +163,31 @@ cdef void remove_advised(MM *mm, VMArea *vma, u64 start, u64 end) noexcept nogil
     mm_lock(mm)
     thread_set_inside(mm)
     file_put(file)
+
+
+cdef void pages_unused(MM *mm, u64 start, u64 end, bint out) noexcept nogil:
+    """MADV_COLD, MADV_PAGEOUT: the pages of the range that nobody else maps are old, or go `out` at once."""
+    cdef Memory *mem = mm.mem
+    cdef u64 addr = start
+    cdef u64 stop
+    cdef u64 *pte
+    cdef Table *leaf
+    cdef Scan scan
+    scan_begin(&scan, mem)
+    while True:
+        leaf = leaf_next(mm.root, &addr, end, &stop)        # anew for each page: the last one's table may be gone
+        if leaf == NULL:
+            break
+        pte = &leaf.entry[table_index(addr, 0)]
+        if pte[0] and not pte[0] & PTE_UNCOUNTED and mapcount_of(atomic_load(&frame_at(mem, pte_pfn(pte[0])).counts)) == 1:
+            if out:
+                pthread_mutex_lock(&mem.lock)
+                reclaim_frame(&scan, pte_pfn(pte[0]), True)
+                pthread_mutex_unlock(&mem.lock)
+            else:
+                pte[0] &= ~<u64> PTE_YOUNG
+        addr += PAGE_SIZE
+    scan_end(&scan)
 
 
 cdef int mm_madvise(MM *mm, u64 start, u64 length, int advice) noexcept nogil:
@@ -209,6 +236,10 @@ cdef int mm_madvise(MM *mm, u64 start, u64 length, int advice) noexcept nogil:
             batch_begin(&batch, mm.mem, 0)
             free_range(mm, start, stop, &batch)
             batch_end(&batch)
+        elif advice == MADV_COLD or advice == MADV_PAGEOUT:
+            if vma.flags & (VM_LOCKED | VM_SPECIAL):
+                return -EINVAL
+            pages_unused(mm, start, stop, advice == MADV_PAGEOUT)
         elif advice == MADV_REMOVE:
             if vma.flags & (VM_LOCKED | VM_NONLINEAR) or vma_is_anonymous(vma):
                 return -EINVAL
