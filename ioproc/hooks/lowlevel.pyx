@@ -3,7 +3,9 @@ from cpython.pycapsule cimport PyCapsule_New
 
 cdef u64 api_lookup_pte(const ioproc_mm *mm, u64 addr) noexcept nogil:
     cdef u64 *pte = pte_find((<MM *> mm).root, addr) if addr < TASK_SIZE else NULL
-    return pte[0] if pte != NULL else 0
+    if pte != NULL and pte[0]:
+        return pte[0]
+    return huge_lookup(<MM *> mm, addr) if addr < TASK_SIZE else 0
 
 
 cdef ioproc_api api
