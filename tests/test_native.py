@@ -777,8 +777,12 @@ def test_closed_libraries(plain_path, tmp_path, ffi):
     ffi.dlclose(library)
     with pytest.raises(ValueError, match="update_page: there is no code"):
         ioproc.Ops(update_page=function)
-    function = ffi.dlopen(str(compile_library(NATIVE / "plain.c", tmp_path / "three.so"))).plain_update_page
-    gc.collect()                                # cffi closes a library that nobody has, though somebody has a function of it
+    own = cffi.FFI()
+    own.cdef("void plain_update_page(void *, void *, uint64_t);")
+    function = own.dlopen(str(compile_library(NATIVE / "plain.c", tmp_path / "three.so"))).plain_update_page
+    ioproc.Ops(update_page=function)
+    del own
+    gc.collect()                                # closed with its FFI, though somebody has a function of it
     with pytest.raises(ValueError, match="update_page: there is no code"):
         ioproc.Ops(update_page=function)
 
