@@ -2,8 +2,8 @@
 
     python cost.py [TURNS]
 
-The ways take turns; shown is the median over the turns of CPU time, its ratio to C's in the same turn, and how far 80 % of the ratios
-lie apart.  Needs a C compiler, setuptools and Cython; cffi and numba are left out where they are not installed.
+The ways take turns; shown are medians over the turns: CPU time, and its ratio to C's in the same turn with the range that holds
+80 % of them.  Needs a C compiler, setuptools and Cython; cffi and numba are left out where they are not installed.
 """
 import contextlib
 import ctypes

@@ -17,9 +17,8 @@ class Device(ctypes.Structure):
 
 
 with tempfile.TemporaryDirectory() as directory:
-    target = Path(directory, "device.so")
-    subprocess.run(["cc", "-shared", "-fPIC", "-O2", "-I", ioproc.get_include(), Path(__file__).with_name("device.c"), "-o", target],
-                   check=True)
+    source, target = Path(__file__).with_name("device.c"), Path(directory, "device.so")
+    subprocess.run(["cc", "-shared", "-fPIC", "-O2", "-I", ioproc.get_include(), source, "-o", target], check=True)
     library = ctypes.CDLL(str(target))
 
 
