@@ -48,16 +48,13 @@ PyMODINIT_FUNC PyInit_empty_c(void)
 }}
 """
 
-CYTHON = f"""
+CYTHON = """
 # cython: language_level=3
-from cpython.pycapsule cimport PyCapsule_New
 from libc.stdint cimport uint64_t
 from ioproc.hooks.chain cimport ioproc_vma
 
-cdef void empty(void *arg, const ioproc_vma *vma, uint64_t addr) noexcept nogil:
+cdef api void empty(void *arg, const ioproc_vma *vma, uint64_t addr) noexcept nogil:
     pass
-
-capsule = PyCapsule_New(<void *> empty, "{SIGNATURE}", NULL)
 """
 
 
@@ -92,7 +89,7 @@ def ways():
         ffi.cdef(lowlevel.CDEF + "void empty(void *arg, const ioproc_vma *vma, uint64_t addr);")
         yield "C, by cffi's dlopen (ABI mode)", ffi.dlopen(empty_c.__file__).empty, native
         yield "C, compiled by cffi (API mode)", importlib.import_module("empty_cffi").lib.empty, native
-    yield "Cython, in a capsule", empty_cython.capsule, native
+    yield "Cython, `cdef api`", empty_cython.__pyx_capi__["empty"], native
     if numba:
         yield "numba, `cfunc`", numba.cfunc(lowlevel.numba_signature("update_page"))(lambda arg, vma, addr: None), native
     yield "Python callable", python, slow

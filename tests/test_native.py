@@ -64,6 +64,13 @@ def mm(mem):
         yield space
 
 
+def new_capsule(address, name, keep=[]):        # noqa: B006
+    """A capsule without a context.  Python's function keeps the name's address only."""
+    keep.append(name and ctypes.c_char_p(name.encode()))
+    prototype = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+    return prototype(("PyCapsule_New", ctypes.pythonapi))(address, keep[-1], None)
+
+
 def structure(probe, *, version=None, size=None, waits=False):
     return probe.structure(version or probe.VERSION, size or probe.SIZE, waits)
 
@@ -170,6 +177,18 @@ def test_native_and_python_devices_on_one_chain(probe, mm):
     assert len(probe.calls(capsule)) == len(EXPECTED)
 
 
+def test_capsules_of_cython(mm, plain):
+    """Cython's name for the same type, and no context: then the argument is ``arg``."""
+    record = new_record()
+    callbacks = {}
+    for name in HOOKS:
+        words = ioproc.Ops.signature(name).replace("const ioproc_vma *", "ioproc_vma const *")
+        callbacks[name] = new_capsule(ctypes.cast(plain["plain_" + name], ctypes.c_void_p).value, words)
+    mm.register_ops(ioproc.Ops(**callbacks, arg=record))
+    run(mm)
+    assert rows(record) == HEARD_WHOLE
+
+
 # ---- refused
 
 
@@ -189,6 +208,8 @@ def test_wrong_capsules_are_refused(probe):
         ioproc.Ops(update_page=probe.callback(7, "void (*)(void)"))
     with pytest.raises(TypeError, match="update_page = "):
         ioproc.Ops(update_page=structure(probe))
+    with pytest.raises(TypeError, match="update_page = .* has no name"):
+        ioproc.Ops(update_page=new_capsule(1, None))
     with pytest.raises(TypeError, match="not both"):
         ioproc.Ops(structure(probe), update_page=print)
     with pytest.raises(ValueError, match="update_pages"):
@@ -551,7 +572,7 @@ def test_arguments(mm, ffi):
         assert got.pop() == expected and not got
 
 
-def test_wrong_arguments(plain):
+def test_wrong_arguments(probe, plain):
     callback = lowlevel.prototype("update_page")(("plain_update_page", plain))
     for arg in (object(), "text", b"read only", 1.5, np.zeros((4, 4))[:, 1], memoryview(b"x")):
         with pytest.raises(TypeError, match="arg = .* neither an address"):
@@ -563,7 +584,7 @@ def test_wrong_arguments(plain):
     released.release()
     with pytest.raises(ValueError, match="released"):
         ioproc.Ops(update_page=callback, arg=released)
-    for callbacks in ({}, {"update_page": print}):
+    for callbacks in ({}, {"update_page": print}, {"release": probe.callback(0, ioproc.Ops.signature("release"))}):
         with pytest.raises(TypeError, match="arg is for"):
             ioproc.Ops(**callbacks, arg=5)
     with pytest.raises(TypeError, match="not both"):
@@ -751,14 +772,11 @@ def test_null(ffi):
 def test_closed_libraries(plain_path, tmp_path, ffi):
     """Their functions, in every wrapping that survives them."""
     prototype = lowlevel.prototype("update_page")
-    new_capsule = ctypes.pythonapi.PyCapsule_New
-    new_capsule.restype, new_capsule.argtypes = ctypes.py_object, [PVOID, ctypes.c_char_p, PVOID]
-    signature = ctypes.c_char_p(ioproc.Ops.signature("update_page").encode())
 
     library = ctypes.CDLL(str(compile_library(NATIVE / "plain.c", tmp_path / "one.so")))
     function = prototype(("plain_update_page", library))
     address = ctypes.cast(function, PVOID).value
-    capsule = new_capsule(address, signature, None)
+    capsule = new_capsule(address, ioproc.Ops.signature("update_page"))
     library.plain_ops.restype, library.plain_ops.argtypes = PVOID, [PVOID]
     structure = lowlevel.ioproc_ops.from_buffer_copy(ctypes.string_at(library.plain_ops(None), 88))
     for open_ in (function, prototype(address), capsule):

@@ -1,12 +1,12 @@
-# The C interface's other direction: what a native callback may call.  And callbacks that are function pointers of ctypes, cffi
-# or numba: their types, where they point, and whether code is there.
+# The C interface's other direction: what a native callback may call.  And native callbacks in capsules or as function pointers
+# of ctypes, cffi or numba: their types, where they point, and whether code is there.
 import ctypes
 import re
 import sys
 from types import BuiltinFunctionType
 
 from cpython.memoryview cimport PyMemoryView_GET_BUFFER
-from cpython.pycapsule cimport PyCapsule_New
+from cpython.pycapsule cimport PyCapsule_GetName, PyCapsule_New
 
 cdef u64 api_lookup_pte(const ioproc_mm *mm, u64 addr) noexcept nogil:
     cdef u64 *pte = pte_find((<MM *> mm).root, addr) if addr < TASK_SIZE else NULL
@@ -46,7 +46,7 @@ def _fire_update_page(AddressSpace mm not None, addr, count):
     mm.leave()
 
 
-# ---- function pointers.  Those of cffi and numba are known by their modules, which are not imported here.
+# ---- native callbacks.  Those of cffi and numba are known by their modules, which are not imported here.
 # A type is a string as C has it, without const.
 
 # Structures by the names and offsets of their fields: somebody's own declaration is as good as ours.
@@ -127,14 +127,14 @@ cdef str numba_type(object ntype):
 
 
 cdef list parts(str function):
-    return function.replace(" (", ", ").replace(")", "").split(", ")
+    return function.replace("const ", "").replace(" const", "").replace(" (", ", ").replace(")", "").split(", ")
 
 
 cdef int check_type(str given, int kind, str what) except -1:
     """Refuse a function of another type than the callback's; for ``void *``, on either side, any pointer will do."""
     cdef str needed = SIGNATURES[kind].decode()
     cdef list has = parts(given)
-    cdef list wants = parts(needed.replace("const ", ""))
+    cdef list wants = parts(needed)
     cdef bint fits = len(has) == len(wants)
     for one, other in zip(has, wants):
         fits = fits and (one == other or "void *" in (one, other) and one.endswith("*") and other.endswith("*"))
@@ -157,11 +157,17 @@ cdef object ctypes_address(object pointer):
     return ctypes.cast(pointer, ctypes.c_void_p).value or 0
 
 
-cdef object foreign_function(object callback, int kind):
-    """The address of a function pointer of ctypes, cffi or numba, which must be of the callback's type; None: it is none."""
+cdef object native_function(object callback, int kind):
+    """The address in a capsule or function pointer of ctypes, cffi or numba, which must be of the callback's type; None: it is
+    none of them."""
     cdef str name = HOOK_NAMES[kind]
     cffi = sys.modules.get("_cffi_backend")
-    if isinstance(callback, ctypes._CFuncPtr):
+    if PyCapsule_CheckExact(callback):
+        if PyCapsule_GetName(callback) == NULL:
+            raise TypeError(f"{name} = {callback!r} has no name, so nothing says its type")
+        given = PyCapsule_GetName(callback).decode("utf-8", "replace")
+        address = <size_t> PyCapsule_GetPointer(callback, PyCapsule_GetName(callback))
+    elif isinstance(callback, ctypes._CFuncPtr):
         if type(callback)._flags_ & ctypes._FUNCFLAG_PYTHONAPI:
             raise TypeError(f"{name} = {callback!r} needs the GIL, and callbacks run without it: use CFUNCTYPE or CDLL")
         if callback.argtypes is None:
@@ -174,7 +180,7 @@ cdef object foreign_function(object callback, int kind):
         address = cffi_address(callback)
     elif cffi is not None and isinstance(callback, BuiltinFunctionType) and isinstance(callback.__self__, cffi.Lib):
         # a compiled cffi library has this in place of the pointer
-        return foreign_function(cffi.FFI().addressof(callback.__self__, callback.__name__), kind)
+        return native_function(cffi.FFI().addressof(callback.__self__, callback.__name__), kind)
     elif str(type(callback).__module__).startswith("numba.") and hasattr(callback, "address"):
         given = function_type(numba_type(callback._sig.return_type), [numba_type(argument) for argument in callback._sig.args])
         address = callback.address

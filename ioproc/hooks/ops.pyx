@@ -1,11 +1,11 @@
 # Ops: the face of an ops structure, with Python callables, native functions (lowlevel.pyx knows them), or both.
-from cpython.pycapsule cimport PyCapsule_GetContext, PyCapsule_GetPointer, PyCapsule_IsValid
+from cpython.pycapsule cimport PyCapsule_CheckExact, PyCapsule_GetContext, PyCapsule_GetPointer, PyCapsule_IsValid
 from cpython.ref cimport Py_DECREF, Py_INCREF
 
 HOOK_NAMES = ("release", "sync_range", "invalidate_range", "update_range", "change_protection",
               "sync_page", "invalidate_page", "update_page", "wrprotect_page")
 
-# The name of a capsule with one native callback is its C type; its context is the callback's first argument.
+# A native callback's C type, which the name of its capsule is as well; the capsule's context is the first argument.
 cdef bytes RELEASE_SIGNATURE = b"void (void *, ioproc_mm *)"
 cdef bytes RANGE_SIGNATURE = b"void (void *, const ioproc_vma *, uint64_t, uint64_t)"
 cdef bytes PROTECTION_SIGNATURE = b"void (void *, const ioproc_vma *, uint64_t, uint64_t, uint32_t)"
@@ -126,12 +126,12 @@ cdef class Ops:
     name : str, optional
         For people: shown by ``repr``.
     arg : int, pointer of ctypes or cffi, or object with writable memory, optional
-        The first argument of callbacks that are function pointers: that address, what the pointer points to, or the memory
-        (a NumPy array, a ctypes structure, a bytearray).  Kept alive.
+        The first argument of callbacks that are function pointers, or capsules without a context: that address, what the
+        pointer points to, or the memory (a NumPy array, a ctypes structure, a bytearray).  Kept alive.
     release, sync_range, invalidate_range, ... : callable, function pointer or capsule, optional
         Each a Python callable; or a native function of type ``Ops.signature("update_page")``: a function pointer of ctypes or
-        cffi, a numba ``cfunc``, or a capsule with the type as its name and the first argument as its context.  Any may be
-        missing.  Python callables get:
+        cffi, a numba ``cfunc``, or a capsule with the type as its name and the first argument as its context (Cython has one for
+        each ``cdef api`` function in ``module.__pyx_capi__``).  Any may be missing.  Python callables get:
 
         =========================================  ==========================
         ``release``                                ``(mm)``
@@ -206,7 +206,7 @@ cdef class Ops:
     cdef int take_callbacks(self, tuple given, object arg) except -1:
         cdef int kind
         cdef bint python = False
-        cdef bint pointers = False
+        cdef bint takes_arg = False
         cdef void *context = NULL
         cdef bint several = False       # native callbacks with different arguments
         cdef bint first = True
@@ -217,26 +217,24 @@ cdef class Ops:
             callback = given[kind]
             if callback is None:
                 continue
-            if PyCapsule_IsValid(callback, <const char *> SIGNATURES[kind]):
-                self.routed.native[kind] = PyCapsule_GetPointer(callback, <const char *> SIGNATURES[kind])
-                self.routed.arg[kind] = PyCapsule_GetContext(callback)
-            else:
-                address = foreign_function(callback, kind)
-                if address is not None:
-                    self.routed.native[kind] = <void *> <size_t> address
-                    self.routed.arg[kind] = <void *> argument
-                    pointers = True
-                elif callable(callback):
-                    python = True
-                    continue
-                else:
+            address = native_function(callback, kind)
+            if address is None:
+                if not callable(callback):
                     raise TypeError(f"{HOOK_NAMES[kind]} = {callback!r} is neither callable nor a native function of type "
                                     f"{SIGNATURES[kind].decode()!r}")
+                python = True
+                continue
+            self.routed.native[kind] = <void *> <size_t> address
+            if PyCapsule_CheckExact(callback):
+                self.routed.arg[kind] = PyCapsule_GetContext(callback)
+            if self.routed.arg[kind] == NULL:
+                self.routed.arg[kind] = <void *> argument
+                takes_arg = True
             several = several or (not first and context != self.routed.arg[kind])
             context = self.routed.arg[kind]
             first = False
-        if arg is not None and not pointers:
-            raise TypeError("arg is for callbacks that are function pointers of ctypes, cffi or numba: there is none")
+        if arg is not None and not takes_arg:
+            raise TypeError("arg is for callbacks that are function pointers, or capsules without a context: there is none")
         check_code({HOOK_NAMES[kind]: <size_t> self.routed.native[kind] for kind in range(<int> HOOKS)})
         self.owners = (given, memory)
         self.callbacks = given
