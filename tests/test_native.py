@@ -828,13 +828,20 @@ def wrappers(ffi):
     return [lowlevel.prototype("update_page"), lambda f: ffi.callback(ioproc.Ops.signature("update_page"), f)]
 
 
+def of_ctypes_structure(function, arg):
+    native = lowlevel.ioproc_ops(update_page=lowlevel.prototype("update_page")(function))
+    native.kept = arg
+    return ioproc.Ops(native)
+
+
 def test_pointers_live_as_long_as_the_registration(mem, ffi):
-    for wrap in wrappers(ffi):
+    ways = [lambda f, arg, wrap=wrap: ioproc.Ops(update_page=wrap(f), arg=arg) for wrap in wrappers(ffi)]
+    for way in [*ways, of_ctypes_structure]:
         log = []
-        called, arg = Called(log), np.zeros(1)
+        called, arg = Called(log), (ctypes.c_char * 8)()
         alive = weakref.ref(called), weakref.ref(arg)
         mm = ioproc.AddressSpace(mem)
-        mm.register_ops(ioproc.Ops(update_page=wrap(called), arg=arg))
+        mm.register_ops(way(called, arg))
         del called, arg
         gc.collect()
         pages(mm, 1)
