@@ -18,7 +18,7 @@ API = _core._api_address
 def _declarations() -> str:
     text = Path(get_include(), "ioproc.h").read_text()
     text = re.search(r"^#define IOPROC_ABI_VERSION.*?(?=^#ifdef Py_PYTHON_H)", text, re.DOTALL | re.MULTILINE)[0]
-    return re.sub(r'^#define \w+(\(| ").*\n', "", text, flags=re.MULTILINE)
+    return re.sub(r"^#define (?!\w+ \d\w*( +/\*.*)?$).*\n", "", text, flags=re.MULTILINE)      # cffi reads numbers only
 
 
 CDEF = _declarations()
