@@ -928,6 +928,24 @@ def test_exceptions_behind_pointers(mm, request, pointer, monkeypatch, capfd):
     assert errors.count("LookupError") >= 2 and "RuntimeError" in errors
 
 
+@pytest.mark.skipif(numba is None, reason="numba is not installed")
+def test_exceptions_in_compiled_functions(mm, monkeypatch):
+    """numba takes the GIL to print them; the array was written before."""
+    printed = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda args: printed.append(str(args.exc_value)))
+
+    @numba.cfunc(lowlevel.numba_signature("update_page"))
+    def fails(arg, vma, addr):
+        numba.carray(arg, 1, np.uint64)[0] += 1
+        raise LookupError("compiled")
+
+    calls = np.zeros(1, "u8")
+    mm.register_ops(ioproc.Ops(update_page=fails, arg=calls))
+    pages(mm, 4)
+    mm.touch(BASE, 4 * PAGE, write=True)
+    assert calls[0] == 4 and printed == ["compiled"] * 4 and mm.pagemap(BASE, 4 * PAGE)["dirty"].all()
+
+
 @pytest.mark.parametrize("pointer", KINDS)
 def test_pointers_from_several_threads(mem, make, pointer):
     """Address spaces of their own, and one that all of them use; registering and unregistering goes on meanwhile."""
