@@ -22,13 +22,13 @@ import ioproc
 from ioproc import _core, lowlevel
 
 try:
-    import cffi
+    from cffi import FFI        # not `import cffi`: the folder beside this program has the name
 except ImportError:
-    cffi = None
+    FFI = None
 try:
-    import numba
+    from numba import cfunc
 except ImportError:
-    numba = None
+    cfunc = None
 
 SIGNATURE = ioproc.Ops.signature("update_page")
 EMPTY = "(void *arg, const ioproc_vma *vma, uint64_t addr) {}\n"
@@ -65,8 +65,8 @@ def build():
     include = [ioproc.get_include()]
     modules = [Extension("empty_c", ["empty_c.c"], include_dirs=include, export_symbols=["empty"]),
                *cythonize([Extension("empty_cython", ["empty_cython.pyx"], include_dirs=include)], quiet=True)]
-    if cffi:
-        builder = cffi.FFI()
+    if FFI:
+        builder = FFI()
         builder.cdef(lowlevel.CDEF + "void empty(void *arg, const ioproc_vma *vma, uint64_t addr);")
         builder.set_source("empty_cffi", '#include "ioproc.h"\nstatic void empty' + EMPTY)
         builder.emit_c_code("empty_cffi.c")
@@ -84,17 +84,17 @@ def ways():
     native, slow = 200_000, 2_000
     yield "C, in a capsule", empty_c.capsule, native
     yield "C, by ctypes", prototype(("empty", ctypes.CDLL(empty_c.__file__))), native
-    if cffi:
-        ffi = cffi.FFI()
+    if FFI:
+        ffi = FFI()
         ffi.cdef(lowlevel.CDEF + "void empty(void *arg, const ioproc_vma *vma, uint64_t addr);")
         yield "C, by cffi's dlopen (ABI mode)", ffi.dlopen(empty_c.__file__).empty, native
         yield "C, compiled by cffi (API mode)", importlib.import_module("empty_cffi").lib.empty, native
     yield "Cython, `cdef api`", empty_cython.__pyx_capi__["empty"], native
-    if numba:
-        yield "numba, `cfunc`", numba.cfunc(lowlevel.numba_signature("update_page"))(lambda arg, vma, addr: None), native
+    if cfunc:
+        yield "numba, `cfunc`", cfunc(lowlevel.numba_signature("update_page"))(lambda arg, vma, addr: None), native
     yield "Python callable", python, slow
     yield "Python behind ctypes' `CFUNCTYPE`", prototype(python), slow
-    if cffi:
+    if FFI:
         yield "Python behind `ffi.callback`", ffi.callback(SIGNATURE, python), slow
 
 
