@@ -22,7 +22,7 @@ import ioproc
 from ioproc import _core, lowlevel
 
 try:
-    from cffi import FFI        # not `import cffi`: the folder beside this program has the name
+    from cffi import FFI  # not `import cffi`: the folder beside this program has the name
 except ImportError:
     FFI = None
 try:
