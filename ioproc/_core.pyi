@@ -1,4 +1,5 @@
 """The core of ioproc in C: hooks, address spaces, replay.  Use it through the package."""
+import ctypes
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self, SupportsIndex, TypedDict, type_check_only
 
@@ -85,9 +86,10 @@ class Ops:
     def callbacks(self) -> tuple[Callable[..., object] | CapsuleType | None, ...]: ...
     def __init__(
         self,
-        native: CapsuleType | None = None,
+        native: CapsuleType | ctypes.Structure | ctypes._Pointer[Any] | Any | None = None,
         *,
         name: str | None = None,
+        arg: object = None,
         release: Callable[[AddressSpace], object] | CapsuleType | None = None,
         sync_range: Callable[[VMA, int, int], object] | CapsuleType | None = None,
         invalidate_range: Callable[[VMA, int, int], object] | CapsuleType | None = None,
