@@ -182,7 +182,7 @@ def _saved(trace, options):
 def _report(trace, path):
     counts = trace.metadata["import"]
     skipped = sum(part.get("skipped_lines", 0)
-                  for part in (counts["strace"], counts["perf"], trace.metadata.get("comm", {})))
+                  for part in (counts.get("strace", {}), counts.get("perf", {}), counts.get("tracepoints", {}), trace.metadata.get("comm", {})))
     print(f"ioproc: {path}: {len(trace)} events, {skipped} broken lines skipped, "
           f"{counts['excluded_processes']} untraced processes with {counts['excluded_faults']} faults excluded"
           + (f", {counts['perf']['lost']} faults lost by perf" if counts["perf"].get("lost") else ""),

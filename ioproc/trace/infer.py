@@ -15,6 +15,7 @@ from .comm import annotate
 from .format import EVENT, Access, Op, Origin, Trace, TraceWriter
 from .perf import read_perf
 from .strace import read_strace
+from .tracepoints import KERNEL, read_tracepoints
 
 __all__ = ["import_recording"]
 
@@ -37,13 +38,15 @@ FAULT, MAPPING, READS, WRITES, BY_RULE = map(int, (Op.FAULT, Op.MAP, Access.READ
 T, PID, TID, OP, ACCESS, ORIGIN, ERRNO, PROT, FLAGS, FILE, ADDR, LENGTH, ARG, RET = range(14)
 
 
-def import_recording(strace, perf=None, *, lenient=False, comm=None, metadata=None):
+def import_recording(strace=None, perf=None, *, tracepoints=None, lenient=False, comm=None, metadata=None):
     """Make a history out of a recording.
 
     Parameters
     ----------
-    strace, perf : path-like
-        Output of ``strace`` and ``perf script``; see docs/trace.md for their options.
+    strace, perf : path-like, optional
+        Output of ``strace`` and of ``perf script`` of page faults; see docs/trace.md for their options.
+    tracepoints : path-like
+        Instead of these: output of ``perf script`` of system calls and page faults as tracepoints, or normalised lines.
     lenient : bool
         Skip and count broken lines instead of raising.
     comm : path-like, optional
@@ -62,10 +65,20 @@ def import_recording(strace, perf=None, *, lenient=False, comm=None, metadata=No
     TraceError
         The input cannot be read; names the file and, for a broken line, its number.
     """
-    calls = read_strace(strace, lenient)
-    faults = read_perf(perf, lenient) if perf is not None else Trace(calls.events[:0])
+    if (strace is None) == (tracepoints is None) or (perf is not None and strace is None):
+        raise TypeError("a recording is strace's, with or without perf's page faults, or one of tracepoints")
+    if tracepoints is not None:
+        calls, faults = read_tracepoints(tracepoints, lenient)
+    else:
+        calls = read_strace(strace, lenient)
+        faults = read_perf(perf, lenient) if perf is not None else Trace(calls.events[:0])
     programs = _survey(calls, faults)
     trace = _Inference(calls, faults, programs).run(metadata)
+    trace.metadata["import"] |= {
+        "tracepoints": calls.metadata["counts"], "clock": calls.metadata["clock"],
+    } if tracepoints is not None else {
+        "strace": calls.metadata["counts"], "perf": faults.metadata.get("counts", {}), "clock": "realtime",
+    }
     if comm is not None:
         trace = annotate(trace, comm, lenient=lenient)
     return trace
@@ -300,16 +313,23 @@ class Records:
             space.program.records.append((record, name))
             space.put(record[ADDR] & -PAGE, record[ADDR] + _up(record[LENGTH]), record[PROT], record[FLAGS])
         elif call[OP] == Op.MMAP and record[ADDR] == call[RET] and min(call[FILE], record[FILE]) >= 0:
-            entry = self.calls.metadata["files"][call[FILE]]
-            if entry["path"] is None:
-                path = self.files[record[FILE]]["path"]
-                number = self.named.setdefault((path, entry["handle"]), len(self.calls.metadata["files"]))
-                if number == len(self.calls.metadata["files"]):
-                    self.calls.metadata["files"].append({**entry, "path": path})
-                self.calls.events["file"][index] = number
+            self.name(index, call, self.files[record[FILE]])
+        elif call[OP] == Op.SHMAT and record[ADDR] == call[RET]:
+            self.calls.events["length"][index] = record[LENGTH]
         else:
             return False
         return True
+
+    def name(self, index, call, file):
+        """Of the two paths, strace's tells more; of an unnamed file, only the inode tells which it is."""
+        files = self.calls.metadata["files"]
+        entry = files[call[FILE]]
+        if entry["path"] is None or entry["inode"] is None:
+            path = file["path"] if entry["path"] is None else entry["path"]
+            number = self.named.setdefault((path, entry["handle"], file["inode"]), len(files))
+            if number == len(files):
+                files.append({**entry, "path": path, "inode": file["inode"]})
+            self.calls.events["file"][index] = number
 
 
 class Program:
@@ -447,7 +467,7 @@ def _survey(calls, faults):
         if op == FAULT:
             if space is None:
                 continue
-            if pid in records.last:
+            if pid in records.last and not row[FLAGS] & KERNEL:
                 records.fault(pid)
             program, addr, ip = space.program, row[ADDR], row[ARG]
             if space.find(addr) is None:
@@ -487,7 +507,7 @@ def _survey(calls, faults):
                     program.protected.append((row[ADDR], row[ADDR] + _up(row[LENGTH])))
             # How long a segment is shows only later; up to the next mapping it can be nothing else.
             end = space.gap_end(row[RET]) if op == Op.SHMAT else None
-            space.apply(row, (end or row[RET] + (1 << 30)) - row[RET])
+            space.apply(row, _up(row[LENGTH]) or (end or row[RET] + (1 << 30)) - row[RET])
     return programs
 
 
@@ -513,8 +533,8 @@ class _Inference:
         self.traced = set()
         self.counts = dict.fromkeys((
             "recorded_mappings", "inferred_mappings", "assumed_writes", "proved_reads", "known_writes", "known_reads",
-            "write_notified", "races", "repeated", "unmapped", "not_accessible", "recognised_files",
-            "segments"), 0)
+            "recorded_accesses", "write_notified", "races", "repeated", "unanswered", "unmapped", "not_accessible",
+            "recognised_files", "segments"), 0)
 
     def run(self, metadata):
         for row in _merged(self.calls, self.faults):
@@ -608,13 +628,15 @@ class _Inference:
 
     def map_file(self, row, space):
         entry = self.calls.metadata["files"][row[FILE]]
-        path, handle, origin = entry["path"], entry["handle"], row[ORIGIN]
+        path, handle, inode, origin = entry["path"], entry["handle"], entry["inode"], row[ORIGIN]
         base, end, file = self.current.get((id(space), row[FILE]), (0, 0, None))
         fixed = row[FLAGS] & (FIXED | FIXED_NOREPLACE)
         lasting = path is not None and path.startswith("/") and "(deleted)" not in path \
             and path != "/dev/zero"
         if lasting:
             file = self.identify(("path", path), path)
+        elif inode is not None and path != "/dev/zero":
+            file = self.identify(("inode", inode), path)
         elif not (fixed and file is not None and base <= row[RET] < end):
             what = (path, row[LENGTH], row[PROT], row[FLAGS], row[ARG])
             if row[FLAGS] & SHARED:
@@ -636,11 +658,14 @@ class _Inference:
         handle = self.calls.metadata["files"][row[FILE]]["handle"]
         file = self.identify(("segment", handle), None, "shm")
         entry = self.files[file]
-        if not entry["size"] and not row[ERRNO]:
+        if row[LENGTH]:
+            entry["size"] = max(entry["size"], _up(row[LENGTH]))
+        elif not entry["size"] and not row[ERRNO]:
             end = space.gap_end(row[RET])
             entry["size"] = end - row[RET] if end is not None and end - row[RET] < STACK_GAP else PAGE
             self.counts["segments"] += 1
-        row = (*row[:ORIGIN], Origin.SIZE, *row[ORIGIN + 1:FILE], file, row[ADDR], entry["size"], *row[ARG:])
+        origin = Origin.RECORDED if row[LENGTH] else Origin.SIZE
+        row = (*row[:ORIGIN], origin, *row[ORIGIN + 1:FILE], file, row[ADDR], entry["size"], *row[ARG:])
         return row, entry["size"]
 
     # -- faults
@@ -649,6 +674,9 @@ class _Inference:
         space = self.spaces.get(row[PID])
         if space is None:
             self.excluded[row[PID]] = self.excluded.get(row[PID], 0) + 1
+            return
+        if row[ACCESS]:
+            self.known_fault(row, space)
             return
         addr, counts = row[ADDR], self.counts
         page = addr // PAGE
@@ -695,6 +723,35 @@ class _Inference:
         if state is not None:
             space.pages[page] = index << 24 | (space.generation % GENERATIONS) << 3 | state
 
+    def known_fault(self, row, space):
+        """A fault that says what it was; it is only told whether the history explains it."""
+        access, counts, page = row[ACCESS], self.counts, row[ADDR] // PAGE
+        area = space.find(row[ADDR])
+        index = len(self.writer)
+        counts["recorded_accesses"] += 1
+        if area is None:
+            counts["unmapped"] += 1
+        elif not area[2] & WRITE if access == WRITES else not area[2]:
+            counts["not_accessible"] += 1
+        else:
+            before = self.before(space, page, area)
+            known = before & 3
+            if known and not before & CHANGED and (known == KNOWN_WRITE or access == READS):
+                earlier = self.writer.event(before >> 24)
+                if earlier["flags"] & KERNEL and earlier["tid"] == row[TID]:
+                    # The kernel had asked not to wait for it; only now it does.
+                    self.writer.assign(before >> 24, op=0)
+                    counts["unanswered"] += 1
+                elif earlier["tid"] != row[TID] and row[T] - int(earlier["t"]) < RACE_NS:
+                    counts["races"] += 1
+                else:
+                    counts["repeated"] += 1
+            elif known == KNOWN_READ and access == WRITES:
+                counts["write_notified"] += area[3] & SHARED
+            state = KNOWN_WRITE if access == WRITES else max(known, KNOWN_READ)
+            space.pages[page] = index << 24 | (space.generation % GENERATIONS) << 3 | state
+        self.writer.append((*row[:ARG], 0, 0))
+
     def before(self, space, page, area):
         """The state of a page: its last event, CHANGED if something came between, or 0 if it is absent."""
         state = space.pages.get(page, 0)
@@ -716,7 +773,6 @@ class _Inference:
             "excluded_processes": sum(pid not in self.traced for pid in self.excluded),
             "excluded_faults": sum(self.excluded.values()) - before,
             "faults_before_start": before,
-            "strace": self.calls.metadata["counts"], "perf": self.faults.metadata.get("counts", {}),
         }
         trace = self.writer.finish()
         start = int(trace.events["t"][0]) if len(trace) else 0

@@ -7,6 +7,7 @@ import re
 
 import numpy as np
 
+from .calls import ANONYMOUS
 from .format import EVENT, Op, TraceWriter
 from .source import LineError, TraceError, lines
 
@@ -15,8 +16,8 @@ __all__ = ["read_perf"]
 _FAULT = re.compile(r"(?:.*\s)?(\d{1,9})/(\d{1,9})\s+(?:\[\d+\]\s+)?(\d{1,10})\.(\d{6,9}):"
                     r"\s+(?:\d+\s+)?(?:page-faults\S*:\s+)?([0-9a-f]{1,16})\s+([0-9a-f]{1,16})\s*$", re.S)
 _RECORD = re.compile(r".*?\s(\d{1,10})\.(\d{6,9}):\s+PERF_RECORD_(\w+)(.*)", re.S)
-_MAPPING = re.compile(r" (\d{1,9})/(\d{1,9}): \[(0x[0-9a-f]{1,16}|0)\((0x[0-9a-f]{1,16}|0)\)"
-                      r" @ (0x[0-9a-f]{1,16}|0)[^\]]*\]: (?:([r-])([w-])([x-])([ps])|[rx]) (.*)", re.S)
+MAPPING = re.compile(r" (-?\d{1,9})/(-?\d{1,9}): \[(0x[0-9a-f]{1,16}|0)\((0x[0-9a-f]{1,16}|0)\)"
+                      r" @ (0x[0-9a-f]{1,16}|0)([^\]]*)\]: (?:([r-])([w-])([x-])([ps])|[rx]) (.*)", re.S)
 _LOST = re.compile(r"PERF_RECORD_LOST\w* lost (\d{1,18})$")
 
 # perf script sorts by time, but for a few events near the ends of its rounds.
@@ -103,6 +104,31 @@ def _row(line, files):
     return (t, pid, tid, FAULT, 0, 0, 0, 0, 0, -1, addr, 0, ip, 0)
 
 
+def mapping(match):
+    """``(path, inode)`` of what a mapping record maps, and the fields of its MAP event after the time.
+
+    Neither is known of anonymous memory; what only the kernel names has no inode.
+    """
+    pid, tid, addr, length, offset, inode, r, w, x, kept, path = match.groups()
+    prot = (r == "r") + 2 * (w == "w") + 4 * (x == "x" or r is None)
+    flags = 1 if kept == "s" else 2
+    if not path.startswith("/") or path == "//anon":
+        flags |= ANONYMOUS
+    path = None if path == "//anon" else path.encode("utf-8", "replace").decode()
+    inode = inode.strip() if not flags & ANONYMOUS and inode.count(" ") == 3 else None
+    return (path, inode), (int(pid), int(tid), Op.MAP, 0, 1, 0, prot, flags, -1, int(addr, 16), int(length, 16),
+                           int(offset, 16), 0)
+
+
+def mapping_row(t, named, event, files):
+    """The row of a MAP event; what it maps goes into `files`."""
+    if named[0] is None:
+        return t, *event
+    path, inode = named
+    entry = {"path": path, "size": 0, "kind": "file", "inode": inode, "number": len(files)}
+    return t, *event[:8], files.setdefault(named, entry)["number"], *event[9:]
+
+
 def _unusual(line, files):
     if not line.strip() or line.startswith("#"):
         return None
@@ -111,21 +137,12 @@ def _unusual(line, files):
         seconds, fraction, kind, rest = match.groups()
         if kind not in ("MMAP", "MMAP2"):
             return None
-        match = _MAPPING.match(rest)
+        match = MAPPING.match(rest)
         if match is None:
             raise LineError("broken mapping record")
-        pid, tid, addr, length, offset, r, w, x, kept, path = match.groups()
-        prot = (r == "r") + 2 * (w == "w") + 4 * (x == "x" or r is None)
-        flags = 1 if kept == "s" else 2
-        file = -1
-        if not path.startswith("/") or path == "//anon":
-            flags |= 0x20
-        if path != "//anon":
-            path = path.encode("utf-8", "replace").decode()
-            files.setdefault(path, {"path": path, "size": 0, "kind": "file", "number": len(files)})
-            file = files[path]["number"]
-        return (_time(seconds, fraction), int(pid), int(tid), Op.MAP, 0, 1, 0, prot, flags, file,
-                int(addr, 16), int(length, 16), int(offset, 16), 0)
+        if match[1].startswith("-"):
+            return None         # the kernel's own
+        return mapping_row(_time(seconds, fraction), *mapping(match), files)
     match = _FAULT.match(line)
     if match is None:
         raise LineError("not a line of perf script --ns -F pid,tid,time,addr,ip")
