@@ -16,14 +16,15 @@ from pathlib import Path
 import numpy as np
 
 from . import __version__
-from .trace import PLACEMENTS, Trace, TraceError, choose, import_recording, record, replay
+from .trace import PLACEMENTS, Trace, TraceError, annotate, choose, import_recording, recognise, record, replay
 from .trace.format import Op
-from .trace.record import RecordError
+from .trace.record import RecordError, usable
 from .trace.source import output_path
 
 USAGE, UNREADABLE = 2, 3
 OUTPUT = "history to write: compressed if it ends in .xz, .gz or .zst, else a plain file"
 SHOWN = 10          # of the events that differ
+NAMES = {"strace": "strace", "perf": "perf of page faults", "tracepoints": "tracepoints"}
 
 
 def main(arguments=None):
@@ -65,23 +66,35 @@ def _parser():
     parser.add_argument("--version", action="version", version=f"ioproc {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    command = commands.add_parser("record", help="run a command under strace and perf")
+    command = commands.add_parser("record", help="run a command under strace and perf, or perf alone",
+                                  description="Run a command, record the history of its memory, and import it.")
     command.add_argument("-o", "--output", required=True, type=Path, help=OUTPUT)
     command.add_argument("--character", metavar="WORD", help="what kind of program it is, such as static or forking")
+    command.add_argument("--with", dest="tracer", choices=("strace", "perf"), default="strace",
+                         help="strace (default): system calls by strace, page faults of user mode by perf; needs no root. "
+                              "perf: both as tracepoints on one clock, with the access of each fault and the kernel's faults; "
+                              "needs root and a mounted tracefs")
     command.add_argument("--comm", type=Path, help="communication to add, which the command may write")
-    command.add_argument("--keep", type=Path, metavar="DIR", help="keep what strace and perf wrote")
+    command.add_argument("--keep", type=Path, metavar="DIR", help="keep what strace and perf wrote: strace and perf, or tracepoints")
     command.add_argument("--untraced-runs", type=_count, default=3, metavar="N",
                          help="runs without tracing, to measure the wall time (default 3)")
     command.add_argument("program", nargs=argparse.REMAINDER, metavar="-- PROGRAM ...")
     command.set_defaults(run=_record)
 
-    command = commands.add_parser("import", help="make a history of what strace and perf wrote")
+    command = commands.add_parser("import", help="make a history of what strace and perf wrote",
+                                  description="Make a history of a recording.  What each FILE is, is told by its content.")
+    command.add_argument("recordings", nargs="*", type=Path, metavar="FILE",
+                         help="output of strace, of perf script (of page faults, or of tracepoints), or normalised lines")
     command.add_argument("-o", "--output", required=True, type=Path, help=OUTPUT)
     command.add_argument("--character", metavar="WORD", help="what kind of program it is, such as static or forking")
-    command.add_argument("--strace", required=True, type=Path,
+    command.add_argument("--strace", type=Path, metavar="FILE",
                          help="output of strace -f -y -ttt -T -X raw; without -y, files are inferred")
-    command.add_argument("--perf", type=Path, help="output of perf script --ns -F pid,tid,time,addr,ip --show-mmap-events; "
+    command.add_argument("--perf", type=Path, metavar="FILE",
+                         help="output of perf script --ns -F pid,tid,time,addr,ip --show-mmap-events; "
                          "without --show-mmap-events, what execve maps is inferred")
+    command.add_argument("--tracepoints", type=Path, metavar="FILE",
+                         help="output of perf script --header --ns -F trace:pid,tid,time,event,trace --show-mmap-events "
+                         "--show-task-events, or lines of t_ns pid tid op hexargs.. hexret")
     command.add_argument("--comm", type=Path, help="communication: time,tid,address,length,direction")
     command.add_argument("--lenient", action="store_true", help="skip and count broken lines")
     command.add_argument("--set", action="append", default=[], type=_setting, metavar="NAME=VALUE",
@@ -156,20 +169,41 @@ def _record(options):
     if not program:
         raise RecordError("no command given")
     _writable(options.output)
-    trace = record(program, untraced_runs=options.untraced_runs, comm=options.comm, keep=options.keep)
+    usable(None, options.comm)
+    trace = record(program, tracer=options.tracer, untraced_runs=options.untraced_runs, keep=options.keep)
     status = trace.metadata.get("status")
     if status:
         print(f"ioproc: the command ended with {f'status {status}' if status > 0 else f'signal {-status}'}", file=sys.stderr)
-    return _saved(trace, options)
+    saved = _saved(trace, options)
+    if options.comm is None:
+        return saved
+    # What took long to record is safe by now.
+    return _saved(annotate(trace, options.comm), options)
 
 
 def _import(options):
     _writable(options.output)
-    trace = import_recording(options.strace, options.perf, lenient=options.lenient, comm=options.comm,
-                             metadata=dict(options.set))
-    if options.perf is None:
+    texts = _recognised(options)
+    trace = import_recording(**texts, lenient=options.lenient, comm=options.comm, metadata=dict(options.set))
+    if not np.count_nonzero(trace.events["op"] == Op.FAULT):
         print("ioproc: no page faults: only mappings are replayed", file=sys.stderr)
     return _saved(trace, options)
+
+
+def _recognised(options):
+    """The files of a recording by what they are."""
+    texts = {kind: getattr(options, kind) for kind in ("strace", "perf", "tracepoints") if getattr(options, kind)}
+    for path in options.recordings:
+        kind = recognise(path)
+        if kind in texts:
+            raise RecordError(f"{path} and {texts[kind]} are both a recording by {NAMES[kind]}: a history is made of one run")
+        texts[kind] = path
+    if "tracepoints" in texts and len(texts) > 1:
+        raise RecordError("a recording of tracepoints is complete: give it alone")
+    if "strace" not in texts and "tracepoints" not in texts:
+        raise RecordError("page faults alone are no history: give the output of strace too" if texts else
+                          "give what strace and perf wrote, or a recording of tracepoints")
+    return texts
 
 
 def _saved(trace, options):
@@ -181,11 +215,12 @@ def _saved(trace, options):
 
 def _report(trace, path):
     counts = trace.metadata["import"]
-    skipped = sum(part.get("skipped_lines", 0)
-                  for part in (counts.get("strace", {}), counts.get("perf", {}), counts.get("tracepoints", {}), trace.metadata.get("comm", {})))
+    parts = [counts.get(name, {}) for name in NAMES]
+    skipped = sum(part.get("skipped_lines", 0) for part in (*parts, trace.metadata.get("comm", {})))
+    lost = sum(part.get("lost", 0) for part in parts)
     print(f"ioproc: {path}: {len(trace)} events, {skipped} broken lines skipped, "
           f"{counts['excluded_processes']} untraced processes with {counts['excluded_faults']} faults excluded"
-          + (f", {counts['perf']['lost']} faults lost by perf" if counts["perf"].get("lost") else ""),
+          + (f", {lost} events lost by perf" if lost else ""),
           file=sys.stderr)
     return 0
 

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import bisect
 import collections
+import itertools
 import operator
+import re
 
 from .comm import annotate
 from .format import EVENT, Access, Op, Origin, Trace, TraceWriter
 from .perf import read_perf
+from .source import TraceError, lines
 from .strace import read_strace
 from .tracepoints import KERNEL, read_tracepoints
 
-__all__ = ["import_recording"]
+__all__ = ["import_recording", "recognise"]
 
 PAGE = 4096
 READ, WRITE, EXECUTE = 1, 2, 4
@@ -82,6 +85,45 @@ def import_recording(strace=None, perf=None, *, tracepoints=None, lenient=False,
     if comm is not None:
         trace = annotate(trace, comm, lenient=lenient)
     return trace
+
+
+# What a line of each kind of recording looks like.  A mapping record may stand in two of them.
+_KINDS = {
+    "tracepoints": re.compile(r"(?:.{0,99}\s)?\d{1,10}\.\d{6,9}:\s+(?:\d{1,9}\s+)?[a-z]\w{0,40}:\w{1,60}:|\d+ \d+ \d+ [a-z]\w* [0-9a-f]"),
+    "strace": re.compile(r"(?:\[pid +)?\d{1,9}\]? +\d{1,10}\.\d{6,9} (?:\w{1,40}\(|<\.\.\. |\+\+\+ |--- )"),
+    "perf": re.compile(r"(?:.{0,99}\s)?\d{1,10}\.\d{6,9}:\s+(?:\d{1,9}\s+)?(?:page-faults\S{0,9}:\s+)?[0-9a-f]{1,16}\s+[0-9a-f]{1,16}\s*$"),
+}
+_RECORD = re.compile(r"(?:.{0,99}\s)?\d{1,10}\.\d{6,9}: PERF_RECORD_")
+LOOKED_AT = 10_000      # lines
+
+
+def recognise(path):
+    """Tell what a recording is by its content.
+
+    Parameters
+    ----------
+    path : path-like
+        A text, plain or compressed.
+
+    Returns
+    -------
+    str
+        ``strace``, ``perf`` (page faults) or ``tracepoints``: the argument of `import_recording` that it is for.
+
+    Raises
+    ------
+    TraceError
+        It is none of these.
+    """
+    records = False
+    for _, line in itertools.islice(lines(path), LOOKED_AT):
+        for kind, pattern in _KINDS.items():
+            if pattern.match(line[:400]):
+                return kind
+        records = records or _RECORD.match(line[:400]) is not None
+    if records:
+        return "perf"
+    raise TraceError(path, "neither strace's nor perf script's output")
 
 
 END = (1 << 64,)

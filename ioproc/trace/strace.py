@@ -228,7 +228,7 @@ class _Reader(CallReader):
         addr, length, prot, flags, fd, path, deleted, offset = match.groups()
         flags, file = number(flags), -1
         if not flags & ANONYMOUS:
-            path = _unescaped(path) + (deleted or "") if path is not None else None
+            path = _unescaped(path) + (" (deleted)" if deleted else "") if path is not None else None
             file = self.file(path, number(fd, 1 << 31))
         return fields("mmap", [number(addr), number(length), number(prot), flags, file, number(offset)], value)
 
