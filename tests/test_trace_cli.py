@@ -13,6 +13,7 @@ from ioproc.trace import Op, Trace
 
 DATA = Path(__file__).parent / "data"
 STRACE, PERF = DATA / "halo2.user.strace.xz", DATA / "halo2.user.pf.txt.xz"
+POINTS = DATA / "ways.tracepoints.xz"
 
 
 def ioproc(*arguments, **options):
@@ -108,7 +109,15 @@ def test_lenient_import_and_communication(tmp_path):
     (["replay", STRACE, "--seed", "-1"], 2, "negative"),
     (["replay", STRACE, "--seed", "1"], 2, "give --share"),
     (["replay", STRACE, "--kind", "buffers"], 2, "give --share"),
-    (["import", "-o", "x"], 2, "required"),
+    (["import", "-o", "x"], 2, "give what strace and perf wrote"),
+    (["import", PERF, "-o", "x"], 2, "page faults alone"),
+    (["import", "--perf", PERF, "-o", "x"], 2, "page faults alone"),
+    (["import", POINTS, PERF, "-o", "x"], 2, "give it alone"),
+    (["import", POINTS, POINTS, "-o", "x"], 2, "both a recording by tracepoints"),
+    (["import", STRACE, "--strace", STRACE, "-o", "x"], 2, "both a recording by strace"),
+    (["import", "none", "-o", "x"], 3, "No such file"),
+    (["import", __file__, "-o", "x"], 3, "neither strace's nor perf script's output"),
+    (["import", "--tracepoints", PERF, "-o", "x"], 3, ":1: not a line of perf script --ns -F trace"),
     (["import", "--strace", "none", "-o", "x"], 3, "No such file"),
     (["import", "--strace", STRACE, "--perf", STRACE, "-o", "x"], 3, ":1: not a line of perf"),
     (["import", "--strace", PERF, "-o", "x"], 3, ":1: not a line of strace"),
@@ -120,6 +129,10 @@ def test_lenient_import_and_communication(tmp_path):
     (["record", "-o", "x", "--", "no-such-command-here"], 2, "no such command"),
     (["record", "-o", "x", "--untraced-runs", "-1", "--", "true"], 2, "must not be negative"),
     (["record", "-o", "x", "--untraced-runs", "x", "--", "true"], 2, "must be a whole number"),
+    (["record", "-o", "x", "--with", "bpf", "--", "true"], 2, "invalid choice"),
+    (["record", "-o", "x", "--comm", "/", "--", "touch", "started"], 2, "cannot read /"),
+    (["record", "-o", "x", "--keep", __file__, "--", "touch", "started"], 2, "cannot keep anything in"),
+    (["record", "-o", "x", "--keep", f"{__file__}/deeper", "--", "touch", "started"], 2, "cannot keep anything in"),
 ])
 def test_mistakes(tmp_path, arguments, status, message):
     run = ioproc(*arguments, cwd=tmp_path)

@@ -14,6 +14,7 @@ __all__ = ["PLACEMENTS", "Replay", "replay"]
 
 PLACEMENTS = ("none", "mm", "vma")
 FRAMES = 1 << 24
+LARGEST_FILE = 1 << 46      # of the model; what a damaged history claims beyond it is not there
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def replay(trace, *, placement="none", communication=None, ops=None, frames=FRAM
     if ops is not None and not isinstance(ops, Ops):
         raise TypeError(f"ops = {ops!r}: not an Ops")
     plan = np.empty(0, REGISTRATION) if communication is None else _checked(communication.plan)
-    sizes = [int(file.get("size") or 0) for file in trace.metadata["files"]]
+    sizes = [min(int(file.get("size") or 0), LARGEST_FILE) for file in trace.metadata["files"]]
     player = Player(PhysicalMemory(frames), sizes, ops, PLACEMENTS.index(placement))
     begin = time.perf_counter()
     player.run(np.ascontiguousarray(trace.events), plan)
