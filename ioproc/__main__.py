@@ -11,6 +11,7 @@ import json
 import math
 import os
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,10 @@ from .trace.source import output_path
 USAGE, UNREADABLE = 2, 3
 OUTPUT = "history to write: compressed if it ends in .xz, .gz or .zst, else a plain file"
 SHOWN = 10          # of the events that differ
+FAULTS = {"read": "reads", "write": "writes", "unknown": "of unknown access", "kernel": "of them by the kernel"}
+# How the access of faults is known; the names are the import's counts.
+ACCESSES = {"recorded": ("recorded_accesses",), "proved": ("known_reads", "proved_reads", "known_writes"),
+            "assumed": ("assumed_writes",)}
 NAMES = {"strace": "strace", "perf": "perf of page faults", "tracepoints": "tracepoints"}
 
 
@@ -227,21 +232,51 @@ def _report(trace, path):
 
 def _info(options):
     trace = Trace.load(options.history)
-    summary = trace.summary()
+    summary, programs = trace.summary(), trace.programs()
     metadata = {name: value for name, value in trace.metadata.items() if name != "files"}
+    counts = metadata.get("import", {})
+    counts = counts if isinstance(counts, dict) else {}
+    summary |= {
+        "formats": [name for name in NAMES if counts.get(name)],
+        "clock": counts.get("clock", "realtime" if "strace" in counts else "unknown"),
+        "programs": programs,
+    }
+    files = trace.metadata["files"]
     if options.json:
-        print(json.dumps({**summary, "files": len(trace.metadata["files"]), "metadata": metadata}))
+        print(json.dumps({**summary, "files": len(files), "metadata": metadata}))
         return 0
-    for name in ("command", "character", "host", "kernel", "recorded", "untraced_s"):
+    for name in ("command", "character", "status", "host", "kernel", "recorded", "untraced_s"):
         if metadata.get(name) is not None:
             print(f"{name:14} {_printable(metadata[name])}")
+    if summary["formats"]:
+        print(f"{'read from':14} {', '.join(NAMES[name] for name in summary['formats'])}")
+    print(f"{'clock':14} {_printable(summary['clock'])}{_start(metadata.get('epoch_ns'))}")
     for name in ("events", "seconds", "processes", "threads"):
         print(f"{name:14} {summary[name]}")
     for name, count in summary["operations"].items():
         print(f"  {name:12} {count}")
+    print(f"{'failed calls':14} {summary['failed']}")
+    faults = summary["faults"]
+    print(f"{'faults':14} " + ", ".join(f"{faults[name]} {text}" for name, text in FAULTS.items()))
+    print(f"{'their access':14} " + ", ".join(
+        f"{sum(count for name in names if isinstance(count := counts.get(name, 0), int))} {how}" for how, names in ACCESSES.items()))
     for name, count in summary["inferred"].items():
         print(f"inferred {name:8} {count}")
+    print(f"{'files':14} {sum(file['kind'] == 'file' for file in files)}, {sum(file['kind'] == 'shm' for file in files)} segments, "
+          f"{sum(file['size'] for file in files) / (1 << 20):.1f} MiB")
+    print(f"{'pid':>9} {'events':>10} {'faults':>10}   program")
+    for row in sorted(programs, key=lambda row: -row["events"])[:SHOWN]:
+        print(f"{row['pid']:9} {row['events']:10} {row['faults']:10}   {_printable(row['program'] or '-')}")
+    if len(programs) > SHOWN:
+        print(f"{'...':>9}")
     return 0
+
+
+def _start(epoch):
+    """When that was, if the clock is one of the real time."""
+    if not isinstance(epoch, int) or not 1 << 60 < epoch < 1 << 62:
+        return ""
+    return time.strftime(", from %Y-%m-%d %H:%M:%S UTC", time.gmtime(epoch // 1_000_000_000))
 
 
 def _replay(options):

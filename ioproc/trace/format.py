@@ -63,6 +63,9 @@ class Origin(enum.IntFlag):
     SIZE = 8
 
 
+# In the flags of a FAULT: the kernel took it, on the program's memory.
+KERNEL = 1
+
 EVENT = np.dtype([
     ("t", "<u8"), ("pid", "<i4"), ("tid", "<i4"),
     ("op", "u1"), ("access", "u1"), ("origin", "u1"), ("errno", "u1"),
@@ -138,19 +141,53 @@ class Trace:
         return {"events": having(Origin.EVENT), "access": having(Origin.ACCESS),
                 "file": having(Origin.FILE), "size": having(Origin.SIZE)}
 
+    def programs(self):
+        """Count the events of each process, and tell what it ran.
+
+        Returns
+        -------
+        list of dict
+            ``pid``, ``events``, ``faults`` and ``program`` (the path it executed last, or None; a fork has its parent's), in order of appearance.
+        """
+        found = {}
+
+        def entry(pid):
+            return found.setdefault(pid, {"pid": pid, "events": 0, "faults": 0, "program": None})
+
+        for block in self.blocks():
+            pids, first, counts = np.unique(block["pid"], return_index=True, return_counts=True)
+            for index in np.argsort(first):
+                entry(int(pids[index]))["events"] += int(counts[index])
+            pids, counts = np.unique(block["pid"][block["op"] == Op.FAULT], return_counts=True)
+            for pid, count in zip(pids.tolist(), counts.tolist(), strict=True):
+                entry(pid)["faults"] += count
+            begun = block[np.isin(block["op"], (Op.EXEC, Op.FORK, Op.VFORK))]
+            for op, pid, file, child in begun[["op", "pid", "file", "arg"]].tolist():
+                if op == Op.EXEC:
+                    entry(pid)["program"] = self.metadata["files"][file]["path"] if file >= 0 else None
+                elif child < 1 << 31:
+                    entry(child)["program"] = entry(pid)["program"]
+        return list(found.values())
+
     def summary(self):
         """Count the events by operation and origin.
 
         Returns
         -------
         dict
-            ``events``, ``seconds``, ``processes``, ``threads``, ``operations`` (by name) and
-            ``inferred`` (by kind: whole events, access, file identity, size).
+            ``events``, ``seconds``, ``processes``, ``threads``, ``operations`` (by name), ``failed`` (calls),
+            ``faults`` (by access: ``read``, ``write``, ``unknown``; and of all of them ``kernel``) and ``inferred``
+            (by kind: whole events, access, file identity, size).
         """
-        operations = np.zeros(256, np.int64)
+        operations, accesses = np.zeros(256, np.int64), np.zeros(256, np.int64)
         pids, tids, begin, end = set(), set(), 0, 0
+        failed = kernel = 0
         for number, block in enumerate(self.blocks()):
             operations += np.bincount(block["op"], minlength=256)
+            faults = block[block["op"] == Op.FAULT]
+            accesses += np.bincount(faults["access"], minlength=256)
+            kernel += int(np.count_nonzero(faults["flags"] & KERNEL))
+            failed += int(np.count_nonzero(block["errno"]))
             pids.update(np.unique(block["pid"]).tolist())
             tids.update(np.unique(block["tid"]).tolist())
             begin = begin if number else int(block["t"][0])
@@ -161,6 +198,8 @@ class Trace:
             "processes": len(pids),
             "threads": len(tids),
             "operations": {op.name.lower(): int(operations[op]) for op in Op if operations[op]},
+            "failed": failed,
+            "faults": {access.name.lower(): int(accesses[access]) for access in Access} | {"kernel": kernel},
             "inferred": self.inferred(),
         }
 

@@ -14,11 +14,11 @@ import operator
 import re
 
 from .comm import annotate
-from .format import EVENT, Access, Op, Origin, Trace, TraceWriter
+from .format import EVENT, KERNEL, Access, Op, Origin, Trace, TraceWriter
 from .perf import read_perf
 from .source import TraceError, lines
 from .strace import read_strace
-from .tracepoints import KERNEL, read_tracepoints
+from .tracepoints import read_tracepoints
 
 __all__ = ["import_recording", "recognise"]
 

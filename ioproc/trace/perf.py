@@ -18,7 +18,7 @@ _FAULT = re.compile(r"(?:.*\s)?(\d{1,9})/(\d{1,9})\s+(?:\[\d+\]\s+)?(\d{1,10})\.
 _RECORD = re.compile(r".*?\s(\d{1,10})\.(\d{6,9}):\s+PERF_RECORD_(\w+)(.*)", re.S)
 MAPPING = re.compile(r" (-?\d{1,9})/(-?\d{1,9}): \[(0x[0-9a-f]{1,16}|0)\((0x[0-9a-f]{1,16}|0)\)"
                       r" @ (0x[0-9a-f]{1,16}|0)([^\]]*)\]: (?:([r-])([w-])([x-])([ps])|[rx]) (.*)", re.S)
-_LOST = re.compile(r"PERF_RECORD_LOST\w* lost (\d{1,18})$")
+_LOST = re.compile(r"PERF_RECORD_LOST(?:_SAMPLES)? lost (\d{1,18})$")
 
 # perf script sorts by time, but for a few events near the ends of its rounds.
 WINDOW = 1 << 12

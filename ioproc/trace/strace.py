@@ -21,7 +21,8 @@ _RESUMED = re.compile(r"<\.\.\. ([\w?]+) resumed>(.*)", re.S)
 _HALF = re.compile(r"([\w?]+)\((.*?) ?<(?:unfinished|pid changed to (\d{1,9})) \.\.\.>$", re.S)
 _ENDED = re.compile(r"\+\+\+ (?:exited with \d+|killed by \w+(?: \(core dumped\))?"
                     r"|superseded by execve in pid \d{1,9}) \+\+\+$")
-_TAIL = re.compile(r"(?:<.*?>)?(?: ([A-Z]\w*)(?: \(.*\))?| \(.*\))? <(\d{1,6})\.(\d{6,9})>$", re.S)
+_DURATION = re.compile(r" <(\d{1,6})\.(\d{6,9})>$")
+_ERROR = re.compile(r" ([A-Z]\w*)")
 _MMAP = re.compile(r"(\w+), (\w+), (\w+), (\w+), (-?\w+)(?:<(.*)>(\(deleted\))?)?, (\w+)$", re.S)
 _FLAGS = re.compile(r"\bflags=(0x[0-9a-f]+|0)(?:[,|})]|$)")
 _PATH = re.compile(r'execve(?:at\([^"]*|\()"((?:[^"\\]|\\.)*)"')
@@ -187,16 +188,17 @@ class _Reader(CallReader):
         if result == "?":
             self.counts["cut_short"] += 1
             return
-        match = _TAIL.match(tail)
+        match = _DURATION.search(tail)
         if match is None:
             raise LineError("no duration after the result; record with strace -T")
-        error, seconds, fraction = match.groups()
+        seconds, fraction = match.groups()
         end = t + int(seconds) * 1_000_000_000 + int(fraction.ljust(9, "0"))
         failed = 0
         if result == "-1":
-            failed = min(getattr(errno, error or "", 255), 255)
+            error = _ERROR.match(tail)
             if error is None:
                 raise LineError("failed with no error name")
+            failed = min(getattr(errno, error[1], 255), 255)
         value = 0 if failed else number(result)
         if name in FORKS:
             if failed:

@@ -11,7 +11,7 @@ import heapq
 import re
 
 from .calls import ANONYMOUS, CLONE_THREAD, CLONE_VFORK, CLONE_VM, EXECS, FORKS, KNOWN, TAKES, CallReader, fields
-from .format import Access, Op, TraceWriter
+from .format import KERNEL, Access, Op, TraceWriter
 from .perf import MAPPING, mapping, mapping_row
 from .source import LineError, TraceError, lines
 
@@ -20,7 +20,7 @@ __all__ = ["read_tracepoints"]
 _LINE = re.compile(r"(?:.*?\s)?(-?\d{1,9})(?:/(-?\d{1,9}))?\s+(?:\[\d+\]\s+)?(\d{1,10})\.(\d{6,9}):\s+(?:\d+\s+)?"
                    r"((?:[a-z]\w*:\w+(?=:))|PERF_RECORD_\w+)(.*)", re.S)
 _NORMALISED = re.compile(r"(\d{1,19}) (\d{1,9}) (\d{1,9}) ([a-z]\w{0,40})((?: -?(?:0x)?[0-9a-f]{1,16})+) *$")
-_ARGUMENT = re.compile(r"\w+: (0x[0-9a-f]{1,16})(?:,|$| )")
+_ARGUMENT = re.compile(r": (0x[0-9a-f]{1,16})(?:,|$| )")
 _RESULT = re.compile(r": (0x[0-9a-f]{1,16})")
 _FAULT = re.compile(r": address=(0x[0-9a-f]{1,16}|0) ip=(?:(0x[0-9a-f]{1,16})|\S+) error_code=(0x[0-9a-f]{1,8})$")
 _NEW_TASK = re.compile(r": pid=(\d{1,9}) comm=.{0,64} clone_flags=([0-9a-f]{1,16})\b", re.S)
@@ -36,7 +36,7 @@ WINDOW = 1 << 12
 # Error code of a page fault: the access was a write; it was made in user mode.
 WRITE, USER = 2, 4
 MREMAP_FIXED = 3    # with MAYMOVE, without which it is refused
-FAULT, KERNEL = int(Op.FAULT), 1
+FAULT = int(Op.FAULT)
 
 
 def read_tracepoints(path, lenient=False):
