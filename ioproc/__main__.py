@@ -80,7 +80,7 @@ def _parser():
                               "perf: both as tracepoints on one clock, with the access of each fault and the kernel's faults; "
                               "needs root and a mounted tracefs")
     command.add_argument("--comm", type=Path, help="communication to add, which the command may write")
-    command.add_argument("--keep", type=Path, metavar="DIR", help="keep what strace and perf wrote: strace and perf, or tracepoints")
+    command.add_argument("--keep", type=Path, metavar="DIR", help="keep what they wrote: strace and perf, or tracepoints")
     command.add_argument("--untraced-runs", type=_count, default=3, metavar="N",
                          help="runs without tracing, to measure the wall time (default 3)")
     command.add_argument("program", nargs=argparse.REMAINDER, metavar="-- PROGRAM ...")
@@ -258,12 +258,12 @@ def _info(options):
     print(f"{'failed calls':14} {summary['failed']}")
     faults = summary["faults"]
     print(f"{'faults':14} " + ", ".join(f"{faults[name]} {text}" for name, text in FAULTS.items()))
-    print(f"{'their access':14} " + ", ".join(
-        f"{sum(count for name in names if isinstance(count := counts.get(name, 0), int))} {how}" for how, names in ACCESSES.items()))
+    known = {how: sum(count for name in names if isinstance(count := counts.get(name), int)) for how, names in ACCESSES.items()}
+    print(f"{'their access':14} " + ", ".join(f"{count} {how}" for how, count in known.items()))
     for name, count in summary["inferred"].items():
         print(f"inferred {name:8} {count}")
-    print(f"{'files':14} {sum(file['kind'] == 'file' for file in files)}, {sum(file['kind'] == 'shm' for file in files)} segments, "
-          f"{sum(file['size'] for file in files) / (1 << 20):.1f} MiB")
+    segments, size = sum(file["kind"] == "shm" for file in files), sum(file["size"] for file in files)
+    print(f"{'files':14} {len(files) - segments}, {segments} segments, {size / (1 << 20):.1f} MiB")
     print(f"{'pid':>9} {'events':>10} {'faults':>10}   program")
     for row in sorted(programs, key=lambda row: -row["events"])[:SHOWN]:
         print(f"{row['pid']:9} {row['events']:10} {row['faults']:10}   {_printable(row['program'] or '-')}")

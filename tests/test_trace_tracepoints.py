@@ -187,12 +187,13 @@ def test_mapping_records_name_files_and_tell_unnamed_ones_apart(text):
     def mapped(second, path, inode, descriptor=3):
         enter, leave = call(second, "mmap", [0, 4096, 3, 1, descriptor, 0],
                             0x7f0000000000 + (second << 20)).splitlines(keepends=True)
-        record = f" 1/1  {second}.2: PERF_RECORD_MMAP2 1/1: [{0x7f0000000000 + (second << 20):#x}(0x1000) @ 0 {inode}]: rw-s {path}\n"
-        return enter + record.replace(".2:", ".200000000:") + leave
+        where = f"[{0x7f0000000000 + (second << 20):#x}(0x1000) @ 0 {inode}]"
+        return f"{enter} 1/1  {second}.200000000: PERF_RECORD_MMAP2 1/1: {where}: rw-s {path}\n{leave}"
 
     trace = import_recording(tracepoints=text(
         START + mapped(11, "/memfd:x (deleted)", "00:01 5 0") + mapped(12, "/memfd:x (deleted)", "00:01 6 0")
-        + mapped(13, "/memfd:x (deleted)", "00:01 5 0", 9) + mapped(14, "/data", "fe:00 9 1") + mapped(15, "/data", "fe:00 9 1", 7)))
+        + mapped(13, "/memfd:x (deleted)", "00:01 5 0", 9) + mapped(14, "/data", "fe:00 9 1")
+        + mapped(15, "/data", "fe:00 9 1", 7)))
     found = trace.events["file"][trace.events["op"] == Op.MMAP]
     assert [trace.metadata["files"][file]["path"] for file in found] == ["/memfd:x (deleted)"] * 3 + ["/data"] * 2
     assert found[0] == found[2] != found[1]

@@ -147,7 +147,8 @@ class Trace:
         Returns
         -------
         list of dict
-            ``pid``, ``events``, ``faults`` and ``program`` (the path it executed last, or None; a fork has its parent's), in order of appearance.
+            ``pid``, ``events``, ``faults`` and ``program`` (the path it executed last; a fork has its parent's), in order
+            of appearance.
         """
         found = {}
 

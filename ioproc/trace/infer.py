@@ -88,11 +88,13 @@ def import_recording(strace=None, perf=None, *, tracepoints=None, lenient=False,
 
 
 # What a line of each kind of recording looks like.  A mapping record may stand in two of them.
-_KINDS = {
-    "tracepoints": re.compile(r"(?:.{0,99}\s)?\d{1,10}\.\d{6,9}:\s+(?:\d{1,9}\s+)?[a-z]\w{0,40}:\w{1,60}:|\d+ \d+ \d+ [a-z]\w* [0-9a-f]"),
-    "strace": re.compile(r"(?:\[pid +)?\d{1,9}\]? +\d{1,10}\.\d{6,9} (?:\w{1,40}\(|<\.\.\. |\+\+\+ |--- )"),
-    "perf": re.compile(r"(?:.{0,99}\s)?\d{1,10}\.\d{6,9}:\s+(?:\d{1,9}\s+)?(?:page-faults\S{0,9}:\s+)?[0-9a-f]{1,16}\s+[0-9a-f]{1,16}\s*$"),
-}
+_KINDS = {kind: re.compile(pattern) for kind, pattern in {
+    "tracepoints": r"(?:.{0,99}\s)?\d{1,10}\.\d{6,9}:\s+(?:\d{1,9}\s+)?[a-z]\w{0,40}:\w{1,60}:"
+                   r"|\d+ \d+ \d+ [a-z]\w* [0-9a-f]",
+    "strace": r"(?:\[pid +)?\d{1,9}\]? +\d{1,10}\.\d{6,9} (?:\w{1,40}\(|<\.\.\. |\+\+\+ |--- )",
+    "perf": r"(?:.{0,99}\s)?\d{1,10}\.\d{6,9}:\s+(?:\d{1,9}\s+)?(?:page-faults\S{0,9}:\s+)?"
+            r"[0-9a-f]{1,16}\s+[0-9a-f]{1,16}\s*$",
+}.items()}
 _RECORD = re.compile(r"(?:.{0,99}\s)?\d{1,10}\.\d{6,9}: PERF_RECORD_")
 LOOKED_AT = 10_000      # lines
 
