@@ -164,3 +164,28 @@ def test_replayed_as_they_are_they_differ_by_what_only_root_is_told(ways):
     assert other["differences"] == one["differences"]
     if which == "committed":
         assert (one["faults"], other["faults"], kernel) == COUNTED
+
+
+@pytest.mark.parametrize(("without", "costs"), [
+    ("task:", {}),
+    ("sched_process_exec", {}),
+    ("sched_process_exit", {}),
+    ("PERF_RECORD_(COMM|FORK|EXIT)", {}),
+    ("sched_process_exit|PERF_RECORD_(COMM|FORK|EXIT)", {}),
+    ("PERF_RECORD_MMAP", {"events": 10, "size": 1}),
+    ("sched|task:|PERF_RECORD", {"events": 11, "file": 2, "size": 1}),
+])
+def test_little_is_lost_with_what_a_recording_may_leave_out(tmp_path, without, costs):
+    """One thing tells what the other does; only with next to nothing is a fault left that nothing explains."""
+    kept = [line for _, line in lines(DATA / "ways.tracepoints.xz") if not re.search(without, line)]
+    (tmp_path / "points").write_text("\n".join(kept))
+    trace = import_recording(tracepoints=tmp_path / "points")
+    assert {kind: count for kind, count in trace.inferred().items() if count} == costs
+    whole = counted(import_recording(tracepoints=DATA / "ways.tracepoints.xz"))
+    result = counted(trace)
+    if costs:
+        assert {name: result["operations"][name] for name in ("fork", "vfork", "exec", "exit", "mmap", "munmap")} == {
+            name: whole["operations"][name] for name in ("fork", "vfork", "exec", "exit", "mmap", "munmap")}
+        assert sum(result["differences"].get("fault", {}).values()) <= 2
+    else:
+        assert result == whole

@@ -358,6 +358,9 @@ class _Reader(CallReader):
             return          # the kernel's own
         named, event = mapping(match)
         pid, tid = event[:2]
+        call = self.pending.get(tid)
+        if named[0] == "[stack]" and pid not in self.images and (call.name in EXECS if call else pid not in self.members):
+            self.replaced(t, pid)       # where nothing else tells: execve maps the stack first
         self.seen(pid, tid)
         call = self.pending.get(tid)
         if call is not None and call.name in ("mmap", "shmat"):
