@@ -56,6 +56,11 @@ POINTS = lzma.open(DATA / "ways.tracepoints.xz").read()[:40_000].rpartition(b"\n
  1/1  12600.000000001:   sched:sched_process_fork: comm=a pid=1 child_comm=a child_pid=7
  1/1  12600.000000002:   syscalls:sys_enter_clone3: uargs: 0x7ffd00000000, size: 0x00000058
  1/1  12600.000000003:   syscalls:sys_exit_clone3: 0x8
+ 1/1  12600.000000004:   syscalls:sys_enter_openat: dfd: 0xffffff9c, filename: 0x7f5566f5c0b1, flags: 0x00080000, mode: 0x00000000
+ 1/1  12600.000000005:   syscalls:sys_exit_openat: 0x3
+ 1/1  12600.000000006:   syscalls:sys_enter_dup2: oldfd: 0x00000003, newfd: 0x00000004
+ 1/1  12600.000000007:   syscalls:sys_exit_dup2: 0x4
+ 1/1  12600.000000008:   syscalls:sys_enter_close_range: fd: 0x00000003, max_fd: 0xffffffff, flags: 0x00000000
 """
 NORMALISED = b"""\
 100 1 1 execve 0 0 0 0
@@ -69,7 +74,9 @@ NORMALISED = b"""\
 160 2 2 pf 7e0000000000 7 0
 170 2 2 munmap 7e0000000000 1000 0
 180 2 2 munmap 1 1000 -16
+181 2 2 memfd_create 0 0 3
 182 2 2 shmat 3 0 0 7d0000000000
+183 2 2 mmap 0 200000 3 1 3 0 7c0000000000
 184 2 2 vfork 3
 186 3 3 execve 1 2 3 0
 190 2 2 exit_group 0 0

@@ -70,7 +70,8 @@ flags: 0x00000812, fd: 0x00000011, off: 0x00003000
     mapping = calls.events[0]
     assert [int(mapping[name]) for name in ("t", "op", "prot", "flags", "addr", "length", "arg", "ret")] == [
         2690072746133, Op.MMAP, 3, 0x812, 0x7f6fa3424000, 0x2000, 0x3000, 0x7f6fa3424000]
-    assert calls.metadata["files"][0] == {"path": None, "size": 0, "kind": "file", "handle": 17, "inode": None}
+    assert calls.metadata["files"][0] == {"path": None, "size": 0, "kind": "file", "handle": 17, "inode": None,
+                                          "opened": None}
     assert faults.events["access"].tolist() == [Access.WRITE, Access.READ, Access.WRITE]
     assert faults.events["addr"][0] == 0x7f6fa3425278
     assert faults.events["arg"][0] == 0x7f6fa6908932
@@ -199,6 +200,23 @@ def test_mapping_records_name_files_and_tell_unnamed_ones_apart(text):
     assert found[0] == found[2] != found[1]
     assert found[3] == found[4]
     assert trace.inferred()["file"] == 0
+
+
+def test_without_mapping_records_files_are_known_by_who_opened_them(text):
+    def mapped(second, descriptor, ids="1/1"):
+        return call(second, "mmap", [0, 4096, 3, 1, descriptor, 0], 0x7f0000000000 + (second << 20), ids)
+
+    trace = import_recording(tracepoints=text(
+        START + call(11, "openat", [1, 2, 3, 4], 3) + mapped(12, 3) + call(13, "dup", [3], 5) + call(14, "close", [3], 0)
+        + call(15, "memfd_create", [1, 0], 3) + mapped(16, 3) + mapped(17, 5) + call(18, "clone", [0x11, 0, 0, 0, 0], 7)
+        + call(19, "fcntl", [5, 1030, 9], 9, "7/7") + mapped(20, 9, "7/7") + call(21, "dup2", [3, 9], 9, "7/7")
+        + mapped(22, 9, "7/7") + call(23, "close_range", [3, 9, 0], 0, "7/7") + mapped(24, 9, "7/7")
+        + call(25, "fcntl", [5, 1, 9], 0) + mapped(26, 5)))
+    first, second, third, fourth, fifth, sixth, last = trace.events["file"][trace.events["op"] == Op.MMAP].tolist()
+    assert first == third == fourth == last
+    assert second == fifth
+    assert len({first, second, sixth}) == 3
+    assert trace.metadata["import"]["tracepoints"]["ignored_calls"] == {}
 
 
 def test_the_size_of_a_segment_is_in_its_mapping_record(text):

@@ -88,8 +88,9 @@ class CallReader:
         return self.writer.append((self.now, pid, tid, op, 0, 0, errno, prot, flags, file, addr, length, arg,
                                    ret))
 
-    def file(self, path, handle, kind="file", inode=None):
-        return self.files.setdefault((path, handle, kind, inode), len(self.files))
+    def file(self, path, handle, kind="file", inode=None, opened=None):
+        """The number of a file as known here: `opened` tells one opening of a file from every other."""
+        return self.files.setdefault((path, handle, kind, inode, opened), len(self.files))
 
     def ignored(self, name):
         ignored = self.counts["ignored_calls"]
@@ -140,8 +141,8 @@ class CallReader:
         return self.emit(t, pid, pid, Op.EXEC, file=self.file(path, -1), arg=start)
 
     def finish(self):
-        files = [{"path": path, "size": 0, "kind": kind, "handle": handle, "inode": inode}
-                 for path, handle, kind, inode in self.files]
+        files = [{"path": path, "size": 0, "kind": kind, "handle": handle, "inode": inode, "opened": opened}
+                 for path, handle, kind, inode, opened in self.files]
         return self.writer.finish({"files": files, "counts": self.counts})
 
 

@@ -672,7 +672,7 @@ class _Inference:
 
     def map_file(self, row, space):
         entry = self.calls.metadata["files"][row[FILE]]
-        path, handle, inode, origin = entry["path"], entry["handle"], entry["inode"], row[ORIGIN]
+        path, handle, inode, opened, origin = *(entry[name] for name in ("path", "handle", "inode", "opened")), row[ORIGIN]
         base, end, file = self.current.get((id(space), row[FILE]), (0, 0, None))
         fixed = row[FLAGS] & (FIXED | FIXED_NOREPLACE)
         lasting = path is not None and path.startswith("/") and "(deleted)" not in path \
@@ -681,10 +681,12 @@ class _Inference:
             file = self.identify(("path", path), path)
         elif inode is not None and path != "/dev/zero":
             file = self.identify(("inode", inode), path)
+        elif ("opened", opened) in self.identities:
+            file = self.identities["opened", opened]
         elif not (fixed and file is not None and base <= row[RET] < end):
             what = (path, row[LENGTH], row[PROT], row[FLAGS], row[ARG])
             if row[FLAGS] & SHARED:
-                key = ("shared", id(space.program), handle, path, row[LENGTH])
+                key = ("shared", id(space.program), handle, path, row[LENGTH], opened)
             else:
                 # Each process that runs the same program maps the same libraries alike.
                 seen = self.patterns.setdefault(id(space), {})
@@ -694,7 +696,10 @@ class _Inference:
                     origin |= Origin.FILE
                     self.counts["recognised_files"] += 1
             file = self.identify(key, path)
-            self.current[id(space), row[FILE]] = (row[RET], row[RET] + row[LENGTH], file)
+            if opened is None:
+                self.current[id(space), row[FILE]] = (row[RET], row[RET] + row[LENGTH], file)
+            else:
+                self.identities["opened", opened] = file
         self.grow(file, row[ARG] + row[LENGTH])
         return (*row[:ORIGIN], origin, *row[ORIGIN + 1:FILE], file, *row[FILE + 1:])
 

@@ -31,6 +31,10 @@ _COMM = re.compile(r"( exec)?: .*:(-?\d{1,9})/-?\d{1,9}$", re.S)
 _LOST = re.compile(r" lost (\d{1,18})$")
 _REFERENCE = re.compile(r"# reference time: .*= (\d{1,10})\.(\d{6}) \(TOD\) = (\d{1,10})\.(\d{9}) \((\w+)\)")
 
+OPENS = {"open", "openat", "openat2", "creat", "memfd_create"}
+DUPLICATES = {"dup", "dup2", "dup3", "fcntl"}
+CLOSES = {"close", "close_range"}
+F_DUPFD, F_DUPFD_CLOEXEC, CLONE_FILES = 0, 1030, 0x400
 # perf script sorts by time, but for a few events near the ends of its rounds.
 WINDOW = 1 << 12
 # Error code of a page fault: the access was a write; it was made in user mode.
@@ -120,6 +124,8 @@ class _Reader(CallReader):
         self.images = {}        # pid -> event of the EXEC that is still mapping its program
         self.exits = {}         # pid -> event of its EXIT, until a later one is seen
         self.unsure = {}        # new tid -> (parent's pid, event), if nothing told yet whether it is a thread
+        self.descriptors = {}   # pid -> {descriptor: which opening of a file}, as far as seen
+        self.openings = 0
         self.offset, self.clock = 0, "unknown"
 
     # -- lines
@@ -234,7 +240,7 @@ class _Reader(CallReader):
             self.members[known].discard(tid)
         parent, row = self.unsure.pop(tid, (pid, None))
         if parent != pid:
-            self.forked(0, row, parent, parent, tid, 0)
+            self.settle(0, row, parent, parent, tid, 0)
         self.join(tid, pid)
 
     def born(self, t, pid, tid, child, flags, process=False):
@@ -244,18 +250,20 @@ class _Reader(CallReader):
             if call.child is None:
                 flags = call.flags if flags is None else flags
                 if flags is not None:
-                    self.settle(t, call, pid, tid, child, flags)
+                    call.child = child
+                    self.settle(t, call.row, pid, tid, child, flags)
                 elif process:
                     call.flags = 0          # task_newtask may still tell more
         elif child not in self.group and (flags is not None or process):
             self.settle(t, None, pid, tid, child, flags or 0)
 
-    def settle(self, t, call, pid, tid, child, flags):
-        if call is not None:
-            call.child = child
+    def settle(self, t, row, pid, tid, child, flags):
         if not flags & CLONE_THREAD:
             self.exits.pop(child, None)
-        self.forked(t, call and call.row, pid, tid, child, flags)
+            known = self.descriptors.get(pid)
+            if known:
+                self.descriptors[child] = known if flags & CLONE_FILES else dict(known)
+        self.forked(t, row, pid, tid, child, flags)
 
     def replaced(self, t, pid):
         """execve has passed the point of no return: from here on, it maps the new program."""
@@ -288,11 +296,12 @@ class _Reader(CallReader):
         self.exits[pid] = self.emit(t, pid, tid, Op.EXIT)
         self.images.pop(pid, None)
         self.breaks.pop(pid, None)
+        self.descriptors.pop(pid, None)
 
     def drop(self, tid):
         """What `tid` was in the middle of never returned."""
         call = self.pending.pop(tid, None)
-        if call is not None and call.name not in EXECS:
+        if call is not None and call.name in KNOWN - EXECS:
             self.counts["cut_short"] += 1
 
     # -- calls and faults
@@ -308,6 +317,10 @@ class _Reader(CallReader):
         elif name in KNOWN:
             row = self.emit(t, pid, tid) if name in TAKES or name in FORKS or name == "brk" else None
             self.pending[tid] = _Call(name, arguments, t, row)
+        elif name in OPENS or name in DUPLICATES:
+            self.pending[tid] = _Call(name, arguments, t, None)
+        elif name in CLOSES and arguments:
+            self.closed(pid, arguments[0], arguments[1] if len(arguments) > 1 else arguments[0])
         elif name != "exit":
             self.ignored(name)
 
@@ -320,32 +333,45 @@ class _Reader(CallReader):
             self.images.pop(pid, None)
             self.pending.pop(tid, None)
             return
-        if name not in KNOWN:
-            return
         call = self.pending.pop(tid, None)
-        if call is None or call.name != name:
+        if name not in KNOWN:
+            if call is not None and call.name == name and not failed:
+                self.opened(pid, call, result)
+        elif call is None or call.name != name:
             # It began before the recording did, or is a new process's return from clone.
             self.counts["cut_short"] += name not in FORKS
-            return
-        value = 0 if failed else result
-        if name not in FORKS:
-            self.changed(call.start, t, call.row, pid, tid, failed, self.event(call, value))
+        elif name not in FORKS:
+            self.changed(call.start, t, call.row, pid, tid, failed, self.event(pid, call, 0 if failed else result))
         elif failed:
             self.counts["failed_forks"] += 1
         elif call.child is None:
-            if call.flags is None and value not in self.group:
-                self.unsure[value] = pid, call.row
+            if call.flags is None and result not in self.group:
+                self.unsure[result] = pid, call.row
             else:
                 if call.flags is None:
-                    call.flags = CLONE_THREAD if self.group[value] == pid else 0
-                self.settle(t, call, pid, tid, value, call.flags)
+                    call.flags = CLONE_THREAD if self.group[result] == pid else 0
+                self.settle(t, call.row, pid, tid, result, call.flags)
 
-    def event(self, call, value):
+    def opened(self, pid, call, result):
+        """A descriptor has been made: of a file just opened, or of one that another has."""
+        known = self.descriptors.setdefault(pid, {})
+        if call.name in OPENS:
+            known[result] = self.openings = self.openings + 1
+        elif call.arguments and (call.name != "fcntl" or call.arguments[1:2] in ([F_DUPFD], [F_DUPFD_CLOEXEC])):
+            known[result] = known.get(call.arguments[0])
+
+    def closed(self, pid, first, last):
+        known = self.descriptors.get(pid, {})
+        for descriptor in [first] if first == last else [descriptor for descriptor in known if first <= descriptor <= last]:
+            known.pop(descriptor, None)
+
+    def event(self, pid, call, value):
         arguments = call.arguments
         (path, inode), length = call.mapping or ((None, None), 0)
         if call.name == "mmap" and len(arguments) == 6:
             handle = arguments[4] & 0x7fffffff
-            arguments[4] = -1 if arguments[3] & ANONYMOUS else self.file(path, handle, inode=inode)
+            opened = self.descriptors.get(pid, {}).get(handle)
+            arguments[4] = -1 if arguments[3] & ANONYMOUS else self.file(path, handle, inode=inode, opened=opened)
         elif call.name == "mremap" and len(arguments) == 5 and arguments[3] & MREMAP_FIXED != MREMAP_FIXED:
             arguments.pop()
         event = fields(call.name, arguments, value)
@@ -378,7 +404,7 @@ class _Reader(CallReader):
         self.faults.append((t, pid, tid, FAULT, access, 0, 0, 0, KERNEL * kernel, -1, address, 0, ip, 0))
 
     def finish(self):
-        self.counts["cut_short"] += sum(call.name not in EXECS for call in self.pending.values())
+        self.counts["cut_short"] += sum(call.name in KNOWN - EXECS for call in self.pending.values())
         calls = super().finish()
         calls.metadata["clock"] = self.clock
         return calls, self.faults.finish({"files": list(self.fault_files.values())})
