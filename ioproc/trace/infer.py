@@ -12,11 +12,12 @@ import collections
 import itertools
 import operator
 import re
+from typing import Any
 
 from .comm import annotate
 from .format import EVENT, KERNEL, Access, Op, Origin, Trace, TraceWriter
 from .perf import read_perf
-from .source import TraceError, lines
+from .source import FilePath, TraceError, lines
 from .strace import read_strace
 from .tracepoints import read_tracepoints
 
@@ -36,12 +37,14 @@ STACK_GAP = 64 << 20
 RACE_NS = 100_000
 
 # Plain integers: a member of an enumeration costs ten times as much to look up, per event.
-FAULT, MAPPING, READS, WRITES, BY_RULE = map(int, (Op.FAULT, Op.MAP, Access.READ, Access.WRITE, Origin.ACCESS))
+FAULT, MAPPING = int(Op.FAULT), int(Op.MAP)
+READS, WRITES, BY_RULE = int(Access.READ), int(Access.WRITE), int(Origin.ACCESS)
 
 T, PID, TID, OP, ACCESS, ORIGIN, ERRNO, PROT, FLAGS, FILE, ADDR, LENGTH, ARG, RET = range(14)
 
 
-def import_recording(strace=None, perf=None, *, tracepoints=None, lenient=False, comm=None, metadata=None):
+def import_recording(strace: FilePath | None = None, perf: FilePath | None = None, *, tracepoints: FilePath | None = None,
+                     lenient: bool = False, comm: FilePath | None = None, metadata: dict[str, Any] | None = None) -> Trace:
     """Make a history out of a recording.
 
     Parameters
@@ -67,14 +70,16 @@ def import_recording(strace=None, perf=None, *, tracepoints=None, lenient=False,
     ------
     TraceError
         The input cannot be read; names the file and, for a broken line, its number.
+    TypeError
+        Neither strace's output nor one of tracepoints, or both.
     """
-    if (strace is None) == (tracepoints is None) or (perf is not None and strace is None):
-        raise TypeError("a recording is strace's, with or without perf's page faults, or one of tracepoints")
-    if tracepoints is not None:
+    if tracepoints is not None and strace is perf is None:
         calls, faults = read_tracepoints(tracepoints, lenient)
-    else:
+    elif strace is not None and tracepoints is None:
         calls = read_strace(strace, lenient)
         faults = read_perf(perf, lenient) if perf is not None else Trace(calls.events[:0])
+    else:
+        raise TypeError("a recording is strace's, with or without perf's page faults, or one of tracepoints")
     programs = _survey(calls, faults)
     trace = _Inference(calls, faults, programs).run(metadata)
     trace.metadata["import"] |= {
@@ -99,7 +104,7 @@ _RECORD = re.compile(r"(?:.{0,99}\s)?\d{1,10}\.\d{6,9}: PERF_RECORD_")
 LOOKED_AT = 10_000      # lines
 
 
-def recognise(path):
+def recognise(path: FilePath) -> str:
     """Tell what a recording is by its content.
 
     Parameters
@@ -672,7 +677,8 @@ class _Inference:
 
     def map_file(self, row, space):
         entry = self.calls.metadata["files"][row[FILE]]
-        path, handle, inode, opened, origin = *(entry[name] for name in ("path", "handle", "inode", "opened")), row[ORIGIN]
+        path, handle, inode, opened = (entry[name] for name in ("path", "handle", "inode", "opened"))
+        origin = row[ORIGIN]
         base, end, file = self.current.get((id(space), row[FILE]), (0, 0, None))
         fixed = row[FLAGS] & (FIXED | FIXED_NOREPLACE)
         lasting = path is not None and path.startswith("/") and "(deleted)" not in path \
@@ -831,4 +837,4 @@ class _Inference:
         return trace
 
 
-_INDEX = {name: index for index, name in enumerate(EVENT.names)}
+_INDEX = {name: index for index, name in enumerate(EVENT.names or ())}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import operator
 import re
+from typing import Any
 
 import numpy as np
 
 from .calls import ANONYMOUS
-from .format import EVENT, Op, TraceWriter
-from .source import LineError, TraceError, lines
+from .format import EVENT, Op, Trace, TraceWriter
+from .source import FilePath, LineError, TraceError, lines
 
 __all__ = ["read_perf"]
 
@@ -26,7 +27,7 @@ WINDOW = 1 << 12
 FAULT = int(Op.FAULT)
 
 
-def read_perf(path, lenient=False):
+def read_perf(path: FilePath, lenient: bool = False) -> Trace:
     """Read the page faults of a recording.
 
     Parameters
@@ -47,9 +48,11 @@ def read_perf(path, lenient=False):
     TraceError
         With file and line number, if a line is broken or far out of order.
     """
-    writer, files = TraceWriter(), {}
+    writer = TraceWriter()
+    files: dict[tuple[str, str | None], dict[str, Any]] = {}
     counts = {"lines": 0, "skipped_lines": 0, "other_records": 0, "lost": 0}
-    rows, last = [], 0
+    rows: list[tuple[Any, ...]] = []
+    last = 0
 
     def drain(keep):
         nonlocal rows, last

@@ -62,14 +62,14 @@ class Replay:
     placement: str
     events: int
     seconds: float
-    operations: dict
-    inferred: dict
+    operations: dict[str, int]
+    inferred: dict[str, int]
     guessed: int
-    differences: dict
-    first_differing: list
+    differences: dict[str, dict[str, int]]
+    first_differing: list[int]
     disagreement: float
-    callbacks: dict
-    useful: dict
+    callbacks: dict[str, int]
+    useful: dict[str, int]
     calls: int
     useful_share: float
     chain_nodes: int
@@ -78,15 +78,16 @@ class Replay:
     registered_peak: int
     vmas_peak: int
     address_spaces: int
-    faults: dict
+    faults: dict[str, int]
 
     @property
-    def ns_per_event(self):
+    def ns_per_event(self) -> float:
         """float: measured."""
         return self.seconds / self.events * 1e9 if self.events else float("nan")
 
 
-def replay(trace, *, placement="none", communication=None, ops=None, frames=FRAMES):
+def replay(trace: Trace, *, placement: str = "none", communication: Communication | None = None, ops: Ops | None = None,
+           frames: int = FRAMES) -> Replay:
     """Drive one address space per process through a history, in one call without the GIL.
 
     Addresses the history returned are imposed; what differs from the record is counted, never hidden.

@@ -10,9 +10,12 @@ import statistics
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+from .format import Trace
 from .infer import import_recording
+from .source import FilePath
 
 __all__ = ["RecordError", "record"]
 
@@ -25,7 +28,8 @@ class RecordError(Exception):
     """The command cannot be recorded here; the message says why, in one line."""
 
 
-def record(command, *, tracer="strace", untraced_runs=3, comm=None, keep=None, cwd=None, quiet=False):
+def record(command: Sequence[str], *, tracer: str = "strace", untraced_runs: int = 3, comm: FilePath | None = None,
+           keep: FilePath | None = None, cwd: FilePath | None = None, quiet: bool = False) -> Trace:
     """Run a command under strace and perf, or perf alone, and import what they saw.
 
     Parameters
@@ -66,10 +70,10 @@ def record(command, *, tracer="strace", untraced_runs=3, comm=None, keep=None, c
             raise RecordError(f"{tool} is not installed")
     # What has no directory is looked for on PATH, everything else starts where the command will run.
     named = os.path.join(cwd or "", command[0]) if os.path.dirname(command[0]) else command[0]
-    program = shutil.which(named)
-    if program is None:
+    found = shutil.which(named)
+    if found is None:
         raise RecordError(f"no such command: {command[0]}")
-    program = [os.path.abspath(program), *command[1:]]
+    program = [os.path.abspath(found), *command[1:]]
     if tracer == "perf":
         tracepoints()
     usable(keep, comm)
@@ -93,7 +97,7 @@ def record(command, *, tracer="strace", untraced_runs=3, comm=None, keep=None, c
         })
 
 
-def usable(keep, comm):
+def usable(keep: FilePath | None, comm: FilePath | None) -> None:
     """Notice before the command runs, not after it, what could not be written or read; RecordError."""
     if comm is not None and os.path.lexists(comm) and not (os.path.isfile(comm) and os.access(comm, os.R_OK)):
         raise RecordError(f"cannot read {comm}")
@@ -133,7 +137,8 @@ def _perf(tools, program, scratch, cwd, output):
     sampling = ["-c", "1", "-d", "-k", "CLOCK_MONOTONIC"]
     events = [option for event in tracepoints() for option in ("-e", event)]
     # perf puts the directory of its parts first on the PATH of what it starts; so the command gets ours.
-    environment, first, rest = dict(os.environ), *os.environ.get("PATH", "").partition(os.pathsep)[::2]
+    environment = dict(os.environ)
+    first, _, rest = environment.get("PATH", "").partition(os.pathsep)
     if first and rest:
         environment |= {"PERF_EXEC_PATH": first, "PATH": rest}
     status = _status(["perf", "record", "-q", *events, *sampling, *_buffer(), "-o", str(samples), "--", *program],
@@ -156,7 +161,7 @@ POINTS = (f"syscalls:sys_{{enter,exit}}_{{{','.join(CALLS)}}}", "exceptions:page
 TRACEFS = (Path("/sys/kernel/tracing/events"), Path("/sys/kernel/debug/tracing/events"))
 
 
-def tracepoints():
+def tracepoints() -> list[str]:
     """The tracepoints to record, of those that this kernel has; RecordError if they cannot be read."""
     for events in TRACEFS:
         if os.access(events / "exceptions/page_fault_user/id", os.R_OK):

@@ -10,8 +10,8 @@ import errno
 import re
 
 from .calls import ANONYMOUS, CLONE_VFORK, CLONE_VM, EXECS, FORKS, KNOWN, TAKES, CallReader, fields
-from .format import Op
-from .source import LineError, TraceError, lines
+from .format import Op, Trace
+from .source import FilePath, LineError, TraceError, lines
 
 __all__ = ["read_strace"]
 
@@ -29,7 +29,7 @@ _PATH = re.compile(r'execve(?:at\([^"]*|\()"((?:[^"\\]|\\.)*)"')
 _NOT_RAW = re.compile(r"\b(?:PROT_|MAP_|CLONE_|MADV_|MREMAP_|MS_)")
 
 
-def read_strace(path, lenient=False):
+def read_strace(path: FilePath, lenient: bool = False) -> Trace:
     """Read the system calls of a recording.
 
     Parameters

@@ -11,9 +11,9 @@ import heapq
 import re
 
 from .calls import ANONYMOUS, CLONE_THREAD, CLONE_VFORK, CLONE_VM, EXECS, FORKS, KNOWN, TAKES, CallReader, fields
-from .format import KERNEL, Access, Op, TraceWriter
+from .format import KERNEL, Access, Op, Trace, TraceWriter
 from .perf import MAPPING, mapping, mapping_row
-from .source import LineError, TraceError, lines
+from .source import FilePath, LineError, TraceError, lines
 
 __all__ = ["read_tracepoints"]
 
@@ -43,7 +43,7 @@ MREMAP_FIXED = 3    # with MAYMOVE, without which it is refused
 FAULT = int(Op.FAULT)
 
 
-def read_tracepoints(path, lenient=False):
+def read_tracepoints(path: FilePath, lenient: bool = False) -> tuple[Trace, Trace]:
     """Read the system calls and page faults of a recording made with tracepoints.
 
     Parameters
