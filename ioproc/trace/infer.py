@@ -28,7 +28,11 @@ READ, WRITE, EXECUTE = 1, 2, 4
 SHARED, PRIVATE, FIXED, ANONYMOUS, GROWSDOWN, STACK = 1, 2, 0x10, 0x20, 0x100, 0x20000
 FIXED_NOREPLACE = 0x100000
 MREMAP_DONTUNMAP = 4
-DONTNEED, FREE, REMOVE = 4, 8, 9
+DONTNEED, FREE, REMOVE, PAGEOUT, DONTNEED_LOCKED = 4, 8, 9, 21, 24
+# What madvise tells a fork, as flags of an area beyond those of mmap: the child has not the area, or finds it empty.
+NOT_IN_CHILD, EMPTY_IN_CHILD = 1 << 32, 1 << 33
+FORK_ADVICE = {10: (NOT_IN_CHILD, NOT_IN_CHILD), 11: (NOT_IN_CHILD, 0),       # MADV_DONTFORK, DOFORK
+               18: (EMPTY_IN_CHILD, EMPTY_IN_CHILD), 19: (EMPTY_IN_CHILD, 0)}  # WIPEONFORK, KEEPONFORK
 # Programs and their heaps lie below, what the kernel places for mmap and the stack above.
 IMAGE_END = 0x700000000000
 # The kernel keeps at least 128 MiB between the stack and the highest mmap.
@@ -176,6 +180,11 @@ class Space:
         self.generation += 1
         child.generation = child.born = self.generation
         child.pages = self.pages.copy()
+        for area in self.areas:
+            if area[3] & NOT_IN_CHILD:
+                child.cut(area[0], area[1])
+            elif area[3] & EMPTY_IN_CHILD:
+                child.forget(area[0], area[1])
         return child
 
     def find(self, addr):
@@ -218,6 +227,11 @@ class Space:
         for area in self.cut_keeping_pages(start, end):
             index = bisect.bisect_left(self.starts, area[0])
             self.replace(index, index, [(area[0], area[1], prot, area[3])])
+
+    def advise_fork(self, start, end, mask, flag):
+        for area in self.cut_keeping_pages(start, end):
+            index = bisect.bisect_left(self.starts, area[0])
+            self.replace(index, index, [(*area[:3], area[3] & ~mask | flag)])
 
     def cut_keeping_pages(self, start, end):
         pages, self.pages = self.pages, {}
@@ -270,10 +284,13 @@ class Space:
         elif op == Op.MREMAP and not row[ERRNO]:
             self.mremap(start, _up(row[LENGTH]), _up(row[ARG]), row[FLAGS], row[RET])
         elif op == Op.MADVISE and not row[ERRNO]:
-            if row[ARG] in (DONTNEED, REMOVE):
-                self.forget(start, start + _up(row[LENGTH]))
-            elif row[ARG] == FREE:
-                self.touch_protection(start, start + _up(row[LENGTH]))
+            end = start + _up(row[LENGTH])
+            if row[ARG] in (DONTNEED, REMOVE, DONTNEED_LOCKED):
+                self.forget(start, end)
+            elif row[ARG] in (FREE, PAGEOUT):
+                self.touch_protection(start, end)
+            elif row[ARG] in FORK_ADVICE:
+                self.advise_fork(start, end, *FORK_ADVICE[row[ARG]])
         elif op == Op.SHMAT and not row[ERRNO]:
             prot = READ if row[FLAGS] & 0o10000 else READ | WRITE
             self.put(row[RET], row[RET] + segment_size, prot, SHARED)
