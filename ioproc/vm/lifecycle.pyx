@@ -1,4 +1,4 @@
-# The beginning and end of address spaces, files and physical memory; fork.
+# The beginning and end of address spaces and physical memory; fork.
 from libc.stdint cimport UINT64_MAX
 
 cdef extern from "<sys/mman.h>" nogil:
@@ -7,72 +7,17 @@ cdef extern from "<sys/mman.h>" nogil:
         HOST_MADV_HUGEPAGE "MADV_HUGEPAGE"
 
 
-cdef FileCache *file_new(Memory *mem, u64 size) noexcept nogil:
-    """With one reference for the caller; NULL: no memory."""
-    cdef FileCache *file = <FileCache *> calloc(1, sizeof(FileCache))
-    if file == NULL:
-        return NULL
-    file.pages = table_new()
-    if file.pages == NULL:
-        free(file)
-        return NULL
-    file.mem = mem
-    file.size = size
-    file.refs = 1
-    return file
-
-
-cdef void file_free(FileCache *file) noexcept nogil:
-    """Nobody refers to it any more: its page cache goes."""
-    cdef Memory *mem = file.mem
-    cdef FrameBatch batch
-    cdef Table *leaf
-    cdef u64 addr = 0
-    cdef u64 stop
-    cdef u64 i
-    batch_begin(&batch, mem, 0)
-    while True:
-        leaf = leaf_next(file.pages, &addr, 1ULL << 48, &stop)
-        if leaf == NULL:
-            break
-        for i in range(512):
-            if leaf.entry[i]:
-                batch_free(&batch, leaf.entry[i])
-        addr = stop
-    batch_end(&batch)
-    # whoever found the file by a frame's owner did so under this lock: wait for him
-    pthread_mutex_lock(&mem.lock)
-    pthread_mutex_unlock(&mem.lock)
-    table_free(file.pages, 3)
-    free(file)
-
-
-cdef void file_hold(FileCache *file) noexcept nogil:
-    pthread_mutex_lock(&file.mem.lock)
-    file.refs += 1
-    pthread_mutex_unlock(&file.mem.lock)
-
-
-cdef void file_put(FileCache *file) noexcept nogil:
-    cdef bint last
-    pthread_mutex_lock(&file.mem.lock)
-    file.refs -= 1
-    last = file.refs == 0
-    pthread_mutex_unlock(&file.mem.lock)
-    if last:
-        file_free(file)
-
-
-cdef Memory *memory_new(u64 frames) noexcept nogil:
+cdef Memory *memory_new(u64 frames, u64 swap_slots) noexcept nogil:
     cdef Memory *mem = <Memory *> calloc(1, sizeof(Memory))
     if mem == NULL:
         return NULL
-    mem.frames = <Frame *> calloc(frames + 1, sizeof(Frame))    # untouched until used
+    mem.frames = <Frame *> calloc(frames + 1, sizeof(Frame))    # untouched until used, all of these
     mem.returned = <u32 *> calloc(frames, sizeof(u32))
-    if mem.frames == NULL or mem.returned == NULL:
-        free(mem.frames)
-        free(mem.returned)
-        free(mem)
+    mem.slots = <Slot *> calloc(swap_slots + 1, sizeof(Slot))
+    mem.slot_of = <u32 *> calloc(frames + 1 if swap_slots else 1, sizeof(u32))
+    mem.free_slots = <u32 *> calloc(swap_slots + 1, sizeof(u32))
+    if mem.frames == NULL or mem.returned == NULL or mem.slots == NULL or mem.slot_of == NULL or mem.free_slots == NULL:
+        memory_release(mem)
         return NULL
     # a big one is filled by long runs of faults: huge pages save the host's own
     if frames * sizeof(Frame) >= 64 << 20:
@@ -80,15 +25,31 @@ cdef Memory *memory_new(u64 frames) noexcept nogil:
     mem.nframes = frames
     mem.nfree = frames
     mem.fresh = 1
+    mem.hand = 1
+    mem.nslots = swap_slots
+    mem.fresh_slot = 1
     pthread_mutex_init(&mem.lock, NULL)
+    pthread_mutex_init(&mem.cutting, NULL)
     return mem
+
+
+cdef void memory_release(Memory *mem) noexcept nogil:
+    if mem.victims != NULL:
+        free(mem.victims.rows)
+        free(mem.victims)
+    device_free(mem)
+    free(mem.frames)
+    free(mem.returned)
+    free(mem.slots)
+    free(mem.slot_of)
+    free(mem.free_slots)
+    free(mem)
 
 
 cdef void memory_free(Memory *mem) noexcept nogil:
     pthread_mutex_destroy(&mem.lock)
-    free(mem.frames)
-    free(mem.returned)
-    free(mem)
+    pthread_mutex_destroy(&mem.cutting)
+    memory_release(mem)
 
 
 cdef MM *mm_new(Memory *mem) noexcept nogil:
@@ -96,12 +57,13 @@ cdef MM *mm_new(Memory *mem) noexcept nogil:
     if mm == NULL:
         return NULL
     mm.root = table_new()
-    if mm.root == NULL:
+    if mm.root == NULL or not tree_begin(mm):
+        free(mm.root)
         free(mm)
         return NULL
     pthread_mutex_init(&mm.lock, NULL)
     mm.mem = mem
-    mm.seed = 0x9e3779b97f4a7c15
+    mm.refs = 1
     mm.max_map_count = 65530
     mm.limit_as = UINT64_MAX
     mm.limit_data = UINT64_MAX
@@ -123,26 +85,46 @@ cdef void mm_teardown(MM *mm) noexcept nogil:
 cdef void mm_free(MM *mm) noexcept nogil:
     """After mm_teardown."""
     table_free(mm.root, 3)
+    tree_end(mm)
     pthread_mutex_destroy(&mm.lock)
     free(mm)
+
+
+cdef void mm_put(MM *mm) noexcept nogil:
+    """The last one frees it: long after mm_teardown, perhaps."""
+    if atomic_sub(&mm.refs, 1) == 0:
+        mm_free(mm)
+
+
+cdef void mm_discard(MM *mm) noexcept nogil:
+    """One that no Python object has yet."""
+    mm_lock(mm)
+    mm_teardown(mm)
+    mm_unlock(mm)
+    mm_put(mm)
 
 
 cdef bint fork_vmas(MM *parent, MM *child) noexcept nogil:
     cdef VMArea *vma = parent.first
     cdef VMArea *copy
-    cdef bint done
+    cdef bint copied, done
     while vma != NULL:
         if not vma.flags & VM_DONTCOPY:
             copy = vma_new(child, vma.start, vma.end, vma.pgoff, vma.flags & ~<u64> VM_LOCKED, vma.file)
             if copy == NULL:
                 return False
             copy.attach = vma.attach
-            pthread_mutex_lock(&parent.mem.lock)
-            done = anon_fork(copy, vma)
-            pthread_mutex_unlock(&parent.mem.lock)
-            vma_insert(child, copy)
             # what was never written privately can be faulted in again
-            if not done or (vma.anon != NULL and not fork_range(parent, child, vma)):
+            copied = vma.anon != NULL and not vma.flags & VM_WIPEONFORK
+            done = True
+            if copied:
+                pthread_mutex_lock(&parent.mem.lock)
+                done = anon_fork(copy, vma)
+                pthread_mutex_unlock(&parent.mem.lock)
+            vma_insert(child, copy)
+            if not done or (copied and not fork_range(parent, child, vma)):
+                return False
+            if vma.flags & (VM_PFNMAP | VM_NONLINEAR) and not fork_shared_range(parent, child, vma):
                 return False
         vma = vma.next
     return True
@@ -151,16 +133,21 @@ cdef bint fork_vmas(MM *parent, MM *child) noexcept nogil:
 cdef MM *mm_fork(MM *parent) noexcept nogil:
     """The child, with no chain; NULL: no memory, and of the parent only pages have become copy-on-write."""
     cdef MM *child = mm_new(parent.mem)
+    cdef bint done
     if child == NULL:
         return NULL
+    mm_lock(child)                          # what looks through a file's mappings finds it before it is filled
+    child.cut = atomic_load(&parent.cut)
     child.start_brk = parent.start_brk
     child.attaches = parent.attaches
     child.brk = parent.brk
     child.max_map_count = parent.max_map_count
+    child.nonlinear = parent.nonlinear
     child.limit_as = parent.limit_as
     child.limit_data = parent.limit_data
-    if not fork_vmas(parent, child):
-        mm_teardown(child)
-        mm_free(child)
+    done = fork_vmas(parent, child)
+    mm_unlock(child)
+    if not done:
+        mm_discard(child)
         return NULL
     return child

@@ -72,12 +72,18 @@ cdef enum Advice:
     MADV_WILLNEED
     MADV_DONTNEED
     MADV_FREE = 8
+    MADV_REMOVE = 9
     MADV_DONTFORK = 10
     MADV_DOFORK = 11
     MADV_HUGEPAGE = 14
     MADV_NOHUGEPAGE = 15
     MADV_DONTDUMP = 16
     MADV_DODUMP = 17
+    MADV_WIPEONFORK = 18
+    MADV_KEEPONFORK = 19
+    MADV_POPULATE_READ = 22
+    MADV_POPULATE_WRITE = 23
+    MADV_DONTNEED_LOCKED = 24
 
 
 cdef u64 advised_flags(u64 flags, int advice) noexcept nogil:
@@ -99,6 +105,10 @@ cdef u64 advised_flags(u64 flags, int advice) noexcept nogil:
         return flags | VM_DONTDUMP
     if advice == MADV_DODUMP:
         return flags & ~<u64> VM_DONTDUMP
+    if advice == MADV_WIPEONFORK:
+        return flags | VM_WIPEONFORK
+    if advice == MADV_KEEPONFORK:
+        return flags & ~<u64> VM_WIPEONFORK
     return flags
 
 
@@ -106,13 +116,48 @@ cdef int advice_known(int advice) noexcept nogil:
     """0; -EINVAL for what is no advice; -ENOSYS for what the model does not have yet."""
     if advice < 0:
         return -EINVAL
-    if MADV_NORMAL <= advice <= MADV_DONTNEED or MADV_HUGEPAGE <= advice <= MADV_DODUMP:
+    if MADV_NORMAL <= advice <= MADV_DONTNEED or MADV_HUGEPAGE <= advice <= MADV_KEEPONFORK:
         return 0
-    if advice == MADV_FREE or advice == MADV_DONTFORK or advice == MADV_DOFORK:
+    if MADV_FREE <= advice <= MADV_DOFORK or MADV_POPULATE_READ <= advice <= MADV_DONTNEED_LOCKED:
         return 0
     if 8 <= advice <= 25 or 100 <= advice <= 103:
         return -ENOSYS
     return -EINVAL
+
+
+cdef int populate_advised(MM *mm, u64 start, u64 end, bint write) noexcept nogil:
+    """As far as it goes; why no further is the caller's to know."""
+    cdef VMArea *vma
+    cdef FrameBatch batch
+    cdef u64 stop, faulted, stopped
+    cdef int why
+    while start < end:
+        vma = vma_at(mm, start)
+        if vma == NULL:
+            return -ENOMEM
+        if not vma.flags & (VM_WRITE if write else VM_READ):
+            return -EINVAL
+        stop = vma.end if vma.end < end else end
+        batch_begin(&batch, mm.mem, (stop - start) >> PAGE_SHIFT)
+        why = touch_range(mm, start, stop, write, &batch, &faulted, &stopped)
+        batch_end(&batch)
+        if why:
+            return -EFAULT if why == ACCESS_BUS else -ENOMEM
+        start = stop
+    return 0
+
+
+cdef void remove_advised(MM *mm, VMArea *vma, u64 start, u64 end) noexcept nogil:
+    """A hole in the file.  The lock is let go of meanwhile, and `vma` may be gone after."""
+    cdef FileCache *file = vma.file
+    cdef u64 offset = vma_index(vma, start) << PAGE_SHIFT
+    file_hold(file)
+    thread_set_inside(NULL)
+    mm_unlock(mm)
+    file_punch(file, offset, offset + (end - start))
+    mm_lock(mm)
+    thread_set_inside(mm)
+    file_put(file)
 
 
 cdef int mm_madvise(MM *mm, u64 start, u64 length, int advice) noexcept nogil:
@@ -127,6 +172,8 @@ cdef int mm_madvise(MM *mm, u64 start, u64 length, int advice) noexcept nogil:
         return error
     if start & (PAGE_SIZE - 1) or (length and page_align(length) == 0) or end < start:
         return -EINVAL
+    if advice == MADV_POPULATE_READ or advice == MADV_POPULATE_WRITE:
+        return populate_advised(mm, start, end, advice == MADV_POPULATE_WRITE)
     while start < end:
         vma = vma_first_in(mm, start, end)
         if vma == NULL:
@@ -135,18 +182,33 @@ cdef int mm_madvise(MM *mm, u64 start, u64 length, int advice) noexcept nogil:
             result = -ENOMEM
             start = vma.start
         stop = vma.end if vma.end < end else end
-        if advice == MADV_DONTNEED:
-            if vma.flags & VM_LOCKED:
+        if advice == MADV_DONTNEED or advice == MADV_DONTNEED_LOCKED:
+            if vma.flags & VM_PFNMAP or (vma.flags & VM_LOCKED and advice == MADV_DONTNEED):
                 return -EINVAL
             fire_range(mm, INVALIDATE_RANGE, vma, start, stop)
             batch_begin(&batch, mm.mem, 0)
-            zap_range(mm, start, stop, &batch)
+            if vma.flags & VM_NONLINEAR:
+                zap_nonlinear(mm, vma, start, stop, 0, &batch)
+            else:
+                zap_range(mm, start, stop, &batch)
             batch_end(&batch)
         elif advice == MADV_FREE:
             if vma.flags & VM_LOCKED or not vma_is_anonymous(vma):
                 return -EINVAL
             fire_range(mm, INVALIDATE_RANGE, vma, start, stop)
-            age_range(mm, start, stop)
+            batch_begin(&batch, mm.mem, 0)
+            free_range(mm, start, stop, &batch)
+            batch_end(&batch)
+        elif advice == MADV_REMOVE:
+            if vma.flags & VM_LOCKED or vma_is_anonymous(vma):
+                return -EINVAL
+            if vma.flags & (VM_SHARED | VM_MAYWRITE) != VM_SHARED | VM_MAYWRITE:
+                return -EACCES
+            remove_advised(mm, vma, start, stop)
+        elif advice == MADV_WIPEONFORK and not vma_is_anonymous(vma):
+            return -EINVAL
+        elif vma.flags & VM_SPECIAL and (advice == MADV_DOFORK or advice == MADV_DODUMP):
+            return -EINVAL
         elif advised_flags(vma.flags, advice) != vma.flags:
             error = vma_modify(mm, &vma, start, stop, advised_flags(vma.flags, advice), vma.chain)
             if error:
