@@ -108,19 +108,23 @@ def _row(line, files):
 
 
 def mapping(match):
-    """``(path, inode)`` of what a mapping record maps, and the fields of its MAP event after the time.
+    """``(path, inode)`` of what a mapping record maps, and the fields of its MAP event after the time; None: the kernel's own.
 
     Neither is known of anonymous memory; what only the kernel names has no inode.
     """
     pid, tid, addr, length, offset, inode, r, w, x, kept, path = match.groups()
+    addr, length, offset = int(addr, 16), int(length, 16), int(offset, 16)
+    if pid.startswith("-") or addr >> 63:
+        return None
+    if addr >> 57 or length >> 56 or offset >> 62:
+        raise LineError("no such mapping can exist")
     prot = (r == "r") + 2 * (w == "w") + 4 * (x == "x" or r is None)
     flags = 1 if kept == "s" else 2
     if not path.startswith("/") or path == "//anon":
         flags |= ANONYMOUS
     path = None if path == "//anon" else path.encode("utf-8", "replace").decode()
     inode = inode.strip() if not flags & ANONYMOUS and inode.count(" ") == 3 else None
-    return (path, inode), (int(pid), int(tid), Op.MAP, 0, 1, 0, prot, flags, -1, int(addr, 16), int(length, 16),
-                           int(offset, 16), 0)
+    return (path, inode), (int(pid), int(tid), Op.MAP, 0, 1, 0, prot, flags, -1, addr, length, offset, 0)
 
 
 def mapping_row(t, named, event, files):
@@ -143,9 +147,8 @@ def _unusual(line, files):
         match = MAPPING.match(rest)
         if match is None:
             raise LineError("broken mapping record")
-        if match[1].startswith("-"):
-            return None         # the kernel's own
-        return mapping_row(_time(seconds, fraction), *mapping(match), files)
+        mapped = mapping(match)
+        return mapped and mapping_row(_time(seconds, fraction), *mapped, files)
     match = _FAULT.match(line)
     if match is None:
         raise LineError("not a line of perf script --ns -F pid,tid,time,addr,ip")

@@ -380,9 +380,10 @@ class _Reader(CallReader):
         return event
 
     def mapped(self, t, match):
-        if match[1].startswith("-"):
-            return          # the kernel's own
-        named, event = mapping(match)
+        mapped = mapping(match)
+        if mapped is None:
+            return
+        named, event = mapped
         pid, tid = event[:2]
         call = self.pending.get(tid)
         if named[0] == "[stack]" and pid not in self.images and (call.name in EXECS if call else pid not in self.members):
