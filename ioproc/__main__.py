@@ -80,14 +80,17 @@ def _parser():
                               "perf: both as tracepoints on one clock, with the access of each fault and the kernel's faults; "
                               "needs root and a mounted tracefs")
     command.add_argument("--comm", type=Path, help="communication to add, which the command may write")
-    command.add_argument("--keep", type=Path, metavar="DIR", help="keep what they wrote: strace and perf, or tracepoints")
+    command.add_argument("--keep", type=Path, metavar="DIR",
+                         help="keep the texts that are imported: strace and perf, or tracepoints")
     command.add_argument("--untraced-runs", type=_count, default=3, metavar="N",
                          help="runs without tracing, to measure the wall time (default 3)")
     command.add_argument("program", nargs=argparse.REMAINDER, metavar="-- PROGRAM ...")
     command.set_defaults(run=_record)
 
-    command = commands.add_parser("import", help="make a history of what strace and perf wrote",
-                                  description="Make a history of a recording.  What each FILE is, is told by its content.")
+    command = commands.add_parser(
+        "import", help="make a history of what strace and perf wrote",
+        description="Make a history of a recording: of strace's output, with or without perf's page faults, or of perf's "
+                    "tracepoints.  What each FILE is, its content tells.")
     command.add_argument("recordings", nargs="*", type=Path, metavar="FILE",
                          help="output of strace, of perf script (of page faults, or of tracepoints), or normalised lines")
     command.add_argument("-o", "--output", required=True, type=Path, help=OUTPUT)
