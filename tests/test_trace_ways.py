@@ -89,14 +89,14 @@ def without_kernel(trace):
 
 
 def told(trace):
-    """What each process did, in order: all that the recording tells but time and access."""
+    """What each thread did, in order: all that the recording tells but time and access."""
     names = [file["path"] for file in trace.metadata["files"]]
-    processes = {}
+    threads = {}
     for event in trace:
         row = tuple(int(event[name]) for name in ("op", "errno", "prot", "flags", "addr", "length", "arg", "ret"))
         file = names[event["file"]] if event["file"] >= 0 else None
-        processes.setdefault(int(event["pid"]), []).append((Op(event["op"]).name, *row[1:], file))
-    return processes
+        threads.setdefault((int(event["pid"]), int(event["tid"])), []).append((Op(event["op"]).name, *row[1:], file))
+    return threads
 
 
 def counted(trace):
@@ -127,8 +127,9 @@ def test_every_fault_is_explained(ways):
                                                  "faults_before_start" if trace is ways[2] else "unmapped"))
 
 
-def by_process(trace):
-    return trace.events[np.argsort(trace.events["pid"], kind="stable")]
+def by_thread(trace):
+    """Indices of the events, thread by thread: how threads interleave is for each clock to say."""
+    return np.lexsort((trace.events["tid"], trace.events["pid"]))
 
 
 def test_both_ways_replay_to_the_same_counts(ways):
@@ -136,7 +137,7 @@ def test_both_ways_replay_to_the_same_counts(ways):
     _, strace, root = ways
     root = without_kernel(root)
     events = strace.events.copy()
-    events["access"][np.argsort(events["pid"], kind="stable")] = by_process(root)["access"]
+    events["access"][by_thread(strace)] = root.events["access"][by_thread(root)]
     one, other = counted(Trace(events, strace.metadata)), counted(root)
     assert one == other
     assert set(one["differences"]) <= {"mlock", "munlock"}
@@ -144,7 +145,8 @@ def test_both_ways_replay_to_the_same_counts(ways):
 
 def test_accesses_differ_only_where_a_page_was_only_read(ways):
     which, strace, root = ways
-    guessed, known = by_process(strace), by_process(without_kernel(root))
+    root = without_kernel(root)
+    guessed, known = strace.events[by_thread(strace)], root.events[by_thread(root)]
     wrong = guessed["access"] != known["access"]
     assert (guessed["origin"][wrong] == Origin.ACCESS).all()
     assert (guessed["access"][wrong] == Access.WRITE).all()

@@ -237,7 +237,7 @@ class _Reader(CallReader):
         if known == pid:
             return
         if known is not None:
-            self.members[known].discard(tid)
+            self.members.get(known, set()).discard(tid)
         parent, row = self.unsure.pop(tid, (pid, None))
         if parent != pid:
             self.settle(0, row, parent, parent, tid, 0)
