@@ -326,12 +326,12 @@ cdef void forgotten_holes(Replay *replay, Space *space, u64 at) noexcept nogil:
 cdef int replay_fault(Replay *replay, Space *space, const Event *event, bint *out_of_memory) noexcept nogil:
     cdef MM *mm = space.mm
     cdef u64 addr = event.addr & PAGE_MASK
-    cdef VMArea *vma = vma_at(mm, addr)
+    cdef VMArea *vma = vma_find(mm, addr)
     cdef Table *leaf
     cdef bint write = event.access == 2
     cdef u64 *pte
     cdef int why
-    if vma == NULL:
+    if vma == NULL or (addr < vma.start and not vma_grow(vma, addr)):
         return UNMAPPED
     if event.access == 0:
         replay.guessed += 1

@@ -210,7 +210,7 @@ cdef class AddressSpace:
     start_brk : int
         Where the heap begins.
     rlimits : dict, optional
-        Bytes, by name: ``"AS"``, ``"DATA"``; missing: unlimited.
+        Bytes, by name: ``"AS"``, ``"DATA"``, ``"MEMLOCK"``, ``"STACK"`` (of each stack); missing: unlimited.
     nonlinear : bool
         `remap_file_pages` as in Linux 2.6.12.
     """
@@ -218,6 +218,8 @@ cdef class AddressSpace:
     cdef readonly PhysicalMemory mem
     cdef dict owners            # the Ops attached here by address, kept alive; visible to the garbage collector
     cdef int looking            # looks of the thread that already had the lock
+    cdef MM *home               # an empty one, to go to from one shared with the child or parent of a vfork
+    cdef void *next_user        # of `mm`, borrowed
     cdef object __weakref__
 
     def __cinit__(self, PhysicalMemory mem not None, *, max_map_count=65530, start_brk=0x555555756000, rlimits=None,
@@ -228,8 +230,9 @@ cdef class AddressSpace:
         cdef u64 limit_as = as_u64(limits.pop("AS", UINT64_MAX), "rlimits['AS']")
         cdef u64 limit_data = as_u64(limits.pop("DATA", UINT64_MAX), "rlimits['DATA']")
         cdef u64 limit_memlock = as_u64(limits.pop("MEMLOCK", UINT64_MAX), "rlimits['MEMLOCK']")
+        cdef u64 limit_stack = as_u64(limits.pop("STACK", UINT64_MAX), "rlimits['STACK']")
         if limits:
-            raise ValueError(f"rlimits: {', '.join(map(repr, limits))}: not one of 'AS', 'DATA', 'MEMLOCK'")
+            raise ValueError(f"rlimits: {', '.join(map(repr, limits))}: not one of 'AS', 'DATA', 'MEMLOCK', 'STACK'")
         if brk & (PAGE_SIZE - 1) or brk > TASK_SIZE:
             raise ValueError(f"start_brk = {start_brk:#x}: not a page of the address space")
         self.adopt(mem, mm_new(mem.mem))
@@ -239,6 +242,7 @@ cdef class AddressSpace:
         self.mm.limit_as = limit_as
         self.mm.limit_data = limit_data
         self.mm.limit_memlock = limit_memlock
+        self.mm.limit_stack = limit_stack
         self.mm.nonlinear = nonlinear
 
     cdef int adopt(self, PhysicalMemory mem, MM *mm) except -1:
@@ -248,6 +252,7 @@ cdef class AddressSpace:
         self.mm = mm
         self.owners = {}
         mm.face = <void *> self
+        mm.users = 1
         faces[<size_t> mm] = ref(self)
         return 0
 
@@ -258,7 +263,55 @@ cdef class AddressSpace:
         mm_discard(self.mm)
         self.mm = mm
         mm.face = <void *> self
+        mm.users = 1
         return 0
+
+    # ---- users of one MM: after vfork there are two, linked from the oldest on
+
+    cdef int enter_with_home(self) except -1:
+        """`enter`, with an MM to go to, should this one be left to others."""
+        while True:
+            if self.home == NULL:
+                self.home = mm_new(self.mem.mem)
+                if self.home == NULL:
+                    raise MemoryError("AddressSpace")
+                faces[<size_t> self.home] = ref(self)
+            self.enter()
+            if self.home != NULL:
+                return 0
+            self.leave()                # another thread's exec took it
+
+    cdef void join(self, AddressSpace parent):
+        """Of a new object, whose empty MM becomes its home.  The parent's lock is held."""
+        cdef AddressSpace last = parent
+        while last.next_user != NULL:
+            last = <AddressSpace> last.next_user
+        last.next_user = <void *> self
+        self.home = self.mm
+        self.home.face = NULL
+        self.mm = parent.mm
+        self.mm.users += 1
+        mm_hold(self.mm)
+        self.owners = parent.owners
+
+    cdef void go_home(self):
+        """Let the others have the MM, which stays locked and is for the caller to put."""
+        cdef MM *mm = self.mm
+        cdef AddressSpace before
+        if mm.face == <void *> self:
+            mm.face = self.next_user
+        else:
+            before = <AddressSpace> mm.face
+            while before.next_user != <void *> self:
+                before = <AddressSpace> before.next_user
+            before.next_user = self.next_user
+        mm.users -= 1
+        self.next_user = NULL
+        self.mm = self.home
+        self.home = NULL
+        self.mm.face = <void *> self
+        self.mm.users = 1
+        mm_configure(self.mm, mm)
 
     def __del__(self):
         self.end()
@@ -267,6 +320,9 @@ cdef class AddressSpace:
         if self.mm != NULL:
             face_gone(self.mm)
             mm_put(self.mm)
+        if self.home != NULL:
+            face_gone(self.home)
+            mm_put(self.home)
 
     # ---- entering and leaving the VM: no lock of ours is ever waited for with the GIL held
 
@@ -280,9 +336,17 @@ cdef class AddressSpace:
         return 0
 
     cdef void lock(self):
-        if not mm_trylock(self.mm):
+        cdef MM *mm = self.mm
+        while not mm_trylock(mm):
+            mm_hold(mm)
             with nogil:
-                mm_lock(self.mm)
+                mm_lock(mm)
+            if mm == self.mm:
+                mm_put(mm)              # ours is another
+                return
+            mm_unlock(mm)               # an exec took its place meanwhile
+            mm_put(mm)
+            mm = self.mm
 
     cdef int leave(self) except -1:
         cdef MM *mm = <MM *> thread_inside()
@@ -321,7 +385,8 @@ cdef class AddressSpace:
             Bytes, rounded up to pages.
         prot, flags : int
             As mmap(2): ``PROT_*``; ``MAP_PRIVATE`` or ``MAP_SHARED``, ``MAP_ANONYMOUS``, ``MAP_FIXED``, ``MAP_FIXED_NOREPLACE``,
-            ``MAP_POPULATE``, ``MAP_LOCKED``, ``MAP_NORESERVE``, ``MAP_STACK``.
+            ``MAP_POPULATE``, ``MAP_LOCKED``, ``MAP_NORESERVE``, ``MAP_STACK``; ``MAP_GROWSDOWN``: a stack, which grows down to
+            an access in the hole below it, but not into 256 pages above another mapping.
         addr : int, optional
             A hint, or with ``MAP_FIXED`` the place.  Without one: the highest gap that fits.
         file : File, optional
@@ -717,19 +782,71 @@ cdef class AddressSpace:
             raise MemoryError("fork")
         return face
 
+    def vfork(self):
+        """
+        A child that uses this address space, not a copy, until its ``exec`` or ``exit``.  (The parent is not suspended.)
+
+        Returns
+        -------
+        AddressSpace
+        """
+        cdef AddressSpace child = AddressSpace.__new__(AddressSpace, self.mem)
+        self.enter_with_home()
+        child.join(self)
+        self.leave()
+        return child
+
+    def exec(self):
+        """
+        Begin anew: with an empty address space, no ops, and the same limits.  Of the old one the last user fires ``release``, as
+        ``exit`` does; the child of a ``vfork`` only leaves it.
+        """
+        cdef dict owners
+        cdef dict fresh = {}
+        cdef bint last
+        cdef MM *mm
+        self.enter_with_home()
+        mm = self.mm
+        owners = self.owners
+        last = mm.users == 1
+        if last:
+            with nogil:
+                mm_teardown(mm)
+        self.go_home()
+        self.owners = fresh
+        try:
+            self.leave()
+        finally:
+            self.left(mm, owners if last else None)
+
     def exit(self):
         """
         The end of the process: ``release`` of each ops, newest first and already unlinked; then everything is unmapped, which
-        fires nothing.  Every other operation afterwards raises ESRCH; a second ``exit`` does nothing.
+        fires nothing.  While another process uses the address space (`vfork`), it only leaves it.  Every other operation
+        afterwards raises ESRCH; a second ``exit`` does nothing.
         """
         refuse_in_callback()
         self.end()
+
+    cdef void left(self, MM *mm, dict owners):
+        """After `go_home`, without the lock."""
+        cdef AddressSpace heir
+        if owners is not None:
+            owners.clear()
+        if mm.face != NULL:
+            heir = <AddressSpace> mm.face
+            faces[<size_t> mm] = ref(heir)
+        else:
+            faces.pop(<size_t> mm, None)
+        mm_put(mm)
 
     cdef int end(self) except -1:
         """Garbage collection may run in a callback of another address space: its state is put aside meanwhile."""
         cdef void *outer = thread_inside()
         cdef PyObject *outer_raised = thread_raised()
-        cdef dict owners = self.owners          # let go of without the lock
+        cdef dict owners                        # let go of without the lock
+        cdef bint shared
+        cdef MM *mm
         if self.mm == NULL:
             return 0
         if mm_is_mine(self.mm):
@@ -738,18 +855,26 @@ cdef class AddressSpace:
             return 0
         thread_set_raised(NULL)
         self.lock()
-        thread_set_inside(self.mm)
-        if not self.mm.dead:
-            with nogil:
-                mm_teardown(self.mm)
+        mm = self.mm
+        thread_set_inside(mm)
+        owners = self.owners
         self.owners = None
+        shared = mm.users > 1 and not mm.dead
+        if shared:
+            self.go_home()
+            self.mm.dead = True
+        elif not mm.dead:
+            with nogil:
+                mm_teardown(mm)
         thread_set_inside(outer)
-        mm_unlock(self.mm)
+        mm_unlock(mm)
         try:
             raise_pending()
         finally:
             thread_set_raised(outer_raised)
-            if owners is not None:
+            if shared:
+                self.left(mm, None)
+            elif owners is not None:
                 owners.clear()
         return 0
 
@@ -794,7 +919,7 @@ cdef class AddressSpace:
         cdef bint whole = addr is None
         cdef int error
         cdef list gone = []             # ends after the lock
-        cdef dict owners = self.owners
+        cdef dict owners
         cdef Attached *record
         cdef Attached *next
         if (addr is None) != (length is None):
@@ -803,6 +928,7 @@ cdef class AddressSpace:
             at = as_u64(addr, "addr")
             bytes_ = as_u64(length, "length")
         self.enter()
+        owners = self.owners
         try:
             if register:
                 owners[<size_t> &ops.ops] = ops

@@ -279,6 +279,18 @@ cdef bint file_write(FileCache *file, u64 at, const char *data, u64 count) noexc
     return True
 
 
+cdef i64 as_offset(object value, str name) except? -0x7ffffffffffffff1:
+    """A file's offset, length or size as a system call's, which may be negative."""
+    cdef object number
+    try:
+        number = value.__index__()
+    except AttributeError:
+        raise TypeError(f"{name} = {value!r}: not an integer") from None
+    if not -1 << 63 <= number < 1 << 63:
+        raise ValueError(f"{name} = {value}: not in -2**63 .. 2**63 - 1")
+    return number
+
+
 cdef u64 as_file_size(object size, str name) except? 0xfffffffffffffff1:
     cdef u64 bytes_ = as_u64(size, name)
     if bytes_ > 1ULL << 46:
@@ -381,9 +393,13 @@ cdef class File:
         the last page, and these pages go, also the copies of private mappings; the rest of the last page becomes zeros.
         A larger one fires nothing.
 
-        Callbacks run in the thread that calls this, under the lock of one address space after the other.
+        Callbacks run in the thread that calls this, under the lock of one address space after the other.  EINVAL: negative.
         """
-        cdef u64 bytes_ = as_file_size(size, "size")
+        cdef i64 offset = as_offset(size, "size")
+        cdef u64 bytes_
+        if offset < 0:
+            raise syscall_error(-EINVAL, "")
+        bytes_ = as_file_size(size, "size")
         refuse_in_callback()
         with nogil:
             file_truncate(self.file, bytes_)
@@ -397,14 +413,14 @@ cdef class File:
         Raises
         ------
         OSError
-            EINVAL: `length` is 0.  EFBIG: the range ends beyond the largest offset of a file.
+            EINVAL: `length` is 0, or one is negative.  EFBIG: the range ends beyond the largest offset of a file.
         """
-        cdef u64 at = as_u64(offset, "offset")
-        cdef u64 count = as_u64(length, "length")
+        cdef i64 at = as_offset(offset, "offset")
+        cdef i64 count = as_offset(length, "length")
         refuse_in_callback()
-        if count == 0:
+        if at < 0 or count <= 0:
             raise syscall_error(-EINVAL, "")
-        if at > FILE_LIMIT or count > FILE_LIMIT - at:
+        if <u64> count > FILE_LIMIT - at:
             raise syscall_error(-EFBIG, "")
         with nogil:
             file_punch(self.file, at, at + count)

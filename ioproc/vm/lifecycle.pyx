@@ -68,6 +68,7 @@ cdef MM *mm_new(Memory *mem) noexcept nogil:
     mm.limit_as = UINT64_MAX
     mm.limit_data = UINT64_MAX
     mm.limit_memlock = UINT64_MAX
+    mm.limit_stack = UINT64_MAX
     return mm
 
 
@@ -105,6 +106,18 @@ cdef void mm_discard(MM *mm) noexcept nogil:
     mm_put(mm)
 
 
+cdef void mm_configure(MM *mm, const MM *like) noexcept nogil:
+    """What a process keeps over fork and exec."""
+    mm.max_map_count = like.max_map_count
+    mm.limit_as = like.limit_as
+    mm.limit_data = like.limit_data
+    mm.limit_memlock = like.limit_memlock
+    mm.limit_stack = like.limit_stack
+    mm.nonlinear = like.nonlinear
+    mm.start_brk = like.start_brk
+    mm.brk = like.start_brk
+
+
 cdef bint fork_vmas(MM *parent, MM *child) noexcept nogil:
     cdef VMArea *vma = parent.first
     cdef VMArea *copy
@@ -139,14 +152,9 @@ cdef MM *mm_fork(MM *parent) noexcept nogil:
         return NULL
     mm_lock(child)                          # what looks through a file's mappings finds it before it is filled
     child.cut = atomic_load(&parent.cut)
-    child.start_brk = parent.start_brk
+    mm_configure(child, parent)
     child.attaches = parent.attaches
     child.brk = parent.brk
-    child.max_map_count = parent.max_map_count
-    child.nonlinear = parent.nonlinear
-    child.limit_as = parent.limit_as
-    child.limit_data = parent.limit_data
-    child.limit_memlock = parent.limit_memlock
     done = fork_vmas(parent, child)
     mm_unlock(child)
     if not done:

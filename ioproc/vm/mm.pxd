@@ -224,6 +224,7 @@ cdef struct MM:
     u64 limit_as                # bytes
     u64 limit_data
     u64 limit_memlock
+    u64 limit_stack
     Chain *chain
     Chain *cells                # live cells, to intern
     Attached *attached
@@ -231,10 +232,11 @@ cdef struct MM:
     FaultCounts faults
     u64 owner                   # the thread that holds the lock, 0: nobody
     bint nonlinear              # remap_file_pages as in 2.6.12
-    u64 refs                    # its users as one, and who found it by what it maps
+    u64 refs                    # Python objects, and who found it by what it maps
     u64 cut                     # the last of Memory.cuts that was here
     bint dead                   # exited
-    void *face                  # the Python object, borrowed; under the GIL
+    u64 users                   # processes: more than one after vfork
+    void *face                  # the Python object of the first, borrowed; under the GIL
 
 cdef extern from * nogil:
     """

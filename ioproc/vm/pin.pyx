@@ -10,7 +10,8 @@ cdef int mm_pin(MM *mm, u64 start, u64 end, bint write, u64 *pfns) noexcept nogi
     cdef int why = ACCESS_OK
     batch_begin(&batch, mm.mem, (end - start) >> PAGE_SHIFT)
     while addr < end:
-        why = access_page(mm, addr, write, &batch, &pte)
+        # a stack grows for the processor only
+        why = access_page(mm, addr, write, &batch, &pte) if vma_at(mm, addr) != NULL else ACCESS_SEGV
         if why == ACCESS_OK and pte[0] & PTE_SPECIAL:           # no frame of ours
             why = ACCESS_SEGV
         if why:

@@ -23,11 +23,13 @@ cdef int mm_mprotect(MM *mm, u64 start, u64 length, u64 prot) noexcept nogil:
         return -ENOMEM
     if prot & ~<u64> (VM_ACCESS | PROT_SEM):
         return -EINVAL
-    if grows:                               # the model has no VMA that grows: what is there is the wrong kind
+    if grows:                               # from the start of the stack; none grows up
         vma = vma_first_in(mm, start, end)
         if vma == NULL or (grows == PROT_GROWSUP and vma.start > start):
             return -ENOMEM
-        return -EINVAL
+        if grows == PROT_GROWSUP or not vma.flags & VM_GROWSDOWN:
+            return -EINVAL
+        start = vma.start
     while start < end:
         vma = vma_at(mm, start)
         if vma == NULL:

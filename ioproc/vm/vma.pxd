@@ -76,7 +76,19 @@ cdef inline bint vma_is_anonymous(const VMArea *vma) noexcept nogil:
 
 cdef inline bint is_data(u64 flags) noexcept nogil:
     """Counts against RLIMIT_DATA."""
-    return flags & (VM_WRITE | VM_SHARED) == VM_WRITE
+    return flags & (VM_WRITE | VM_SHARED | VM_GROWSDOWN) == VM_WRITE
+
+
+cdef inline bint may_expand(const MM *mm, u64 flags, u64 pages) noexcept nogil:
+    """RLIMIT_AS and RLIMIT_DATA allow so many more."""
+    if mm.total_pages + pages > mm.limit_as >> PAGE_SHIFT:
+        return False
+    return not is_data(flags) or mm.data_pages + pages <= mm.limit_data >> PAGE_SHIFT
+
+
+cdef inline bint may_lock(const MM *mm, u64 pages) noexcept nogil:
+    """RLIMIT_MEMLOCK allows so many more."""
+    return mm.limit_memlock == UINT64_MAX or mm.locked_pages + pages <= mm.limit_memlock >> PAGE_SHIFT
 
 
 cdef inline void pages_count(MM *mm, u64 flags, u64 pages) noexcept nogil:
