@@ -1,4 +1,5 @@
 """The core of ioproc in C: hooks, address spaces, replay.  Use it through the package."""
+import ctypes
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self, SupportsIndex, TypedDict, type_check_only
 
@@ -15,6 +16,9 @@ class _MemoryStats(TypedDict):
     frames: int
     frames_free: int
     frames_used: int
+    huge_pages: int
+    huge_pages_free: int
+    huge_pages_reserved: int
 
 @type_check_only
 class _AddressSpaceStats(TypedDict):
@@ -40,13 +44,13 @@ class SegmentationFault(AccessError): ...
 class BusError(AccessError): ...
 
 class PhysicalMemory:
-    def __new__(cls, frames: SupportsIndex = 65536) -> Self: ...
+    def __new__(cls, frames: SupportsIndex = 65536, swap_slots: SupportsIndex = 0, huge_pages: SupportsIndex = 0) -> Self: ...
     @property
     def stats(self) -> _MemoryStats: ...
     def mappings(self, pfn: SupportsIndex) -> list[tuple[AddressSpace, int]]: ...
 
 class File:
-    def __new__(cls, mem: PhysicalMemory, size: SupportsIndex, memfd: bool = False) -> Self: ...
+    def __new__(cls, mem: PhysicalMemory, size: SupportsIndex, memfd: bool = False, huge: bool = False) -> Self: ...
     @property
     def mem(self) -> PhysicalMemory: ...
     @property
@@ -82,9 +86,10 @@ class Ops:
     def callbacks(self) -> tuple[Callable[..., object] | CapsuleType | None, ...]: ...
     def __init__(
         self,
-        native: CapsuleType | None = None,
+        native: CapsuleType | ctypes.Structure | ctypes._Pointer[Any] | Any | None = None,
         *,
         name: str | None = None,
+        arg: object = None,
         release: Callable[[AddressSpace], object] | CapsuleType | None = None,
         sync_range: Callable[[VMA, int, int], object] | CapsuleType | None = None,
         invalidate_range: Callable[[VMA, int, int], object] | CapsuleType | None = None,

@@ -338,6 +338,11 @@ cdef int replay_fault(Replay *replay, Space *space, const Event *event, bint *ou
         write = vma.flags & VM_WRITE != 0
     if not vma_allows(vma, write):
         return DENIED
+    if vma.flags & VM_HUGETLB:
+        pte = huge_entry(mm.huge, addr)
+        if pte != NULL and pte_allows(pte[0], write):
+            return PRESENT
+        return BEYOND if huge_access(mm, addr, write, &pte) else AGREES
     leaf = leaf_find(mm.root, addr)
     if leaf != NULL:
         pte = &leaf.entry[table_index(addr, 0)]
@@ -361,6 +366,8 @@ cdef int replay_map(Replay *replay, Space *space, const Event *event) noexcept n
         file = replay.files[event.file]
     elif not flags & MAP_ANONYMOUS:
         flags |= MAP_ANONYMOUS
+    if space.mm.mem.nhuge == 0:
+        flags &= ~<u64> MAP_HUGETLB         # small pages will do
     result = mm_mmap(space.mm, addr, event.length, event.prot, flags, file, event.arg)
     if result < 0 or <u64> result != addr:
         return RESULT

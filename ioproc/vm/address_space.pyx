@@ -48,7 +48,7 @@ cdef class VMA:
     prot : int
         ``mmap.PROT_READ`` and so on.
     flags : int
-        ``mmap.MAP_PRIVATE`` or ``MAP_SHARED``, with ``MAP_ANONYMOUS`` where it applies.
+        ``mmap.MAP_PRIVATE`` or ``MAP_SHARED``, with ``MAP_ANONYMOUS`` and ``ioproc.MAP_HUGETLB`` where they apply.
     file : File or None
         None for anonymous memory, private or shared, and for device memory, which is shared and not anonymous.
     offset : int
@@ -92,6 +92,8 @@ cdef VMA vma_face(const VMArea *vma):
     face.offset = 0
     if vma.file != NULL:
         face.offset = vma.pgoff << PAGE_SHIFT
+    if vma.flags & VM_HUGETLB:
+        face.flags |= MAP_HUGETLB
     if vma.file == NULL or vma.file.anonymous:
         face.flags |= MAP_ANONYMOUS
     elif not vma.flags & VM_PFNMAP:
@@ -145,31 +147,42 @@ cdef packed struct PageRow:
     u64 pfn
 
 
+cdef void pagemap_row(Memory *mem, u64 pte, PageRow *row) noexcept nogil:
+    row.present = pte & PTE_PRESENT != 0
+    row.swapped = pte & PTE_SWAP != 0
+    row.writable = pte & PTE_WRITE != 0
+    row.dirty = pte & PTE_DIRTY != 0
+    row.young = pte & PTE_YOUNG != 0
+    row.zero = pte & PTE_ZERO != 0
+    if pte & (PTE_PRESENT | PTE_ZERO) == PTE_PRESENT:
+        row.pfn = pte_pfn(pte)
+    if not pte & PTE_UNCOUNTED:
+        row.shared = mapcount_of(atomic_load(&frame_any(mem, row.pfn).counts)) > 1
+
+
 cdef void pagemap_fill(MM *mm, u64 start, u64 pages, PageRow *rows) noexcept nogil:
     cdef u64 addr = start
     cdef u64 end = start + (pages << PAGE_SHIFT)
+    cdef u64 at = (start & HUGE_MASK) >> 9
     cdef u64 pte, stop
     cdef Table *leaf
-    cdef PageRow *row
     while True:
         leaf = leaf_next(mm.root, &addr, end, &stop)
         if leaf == NULL:
-            return
+            break
         while addr < stop:
             pte = leaf.entry[table_index(addr, 0)]
             if pte:
-                row = &rows[(addr - start) >> PAGE_SHIFT]
-                row.present = pte & PTE_PRESENT != 0
-                row.writable = pte & PTE_WRITE != 0
-                row.dirty = pte & PTE_DIRTY != 0
-                row.young = pte & PTE_YOUNG != 0
-                row.zero = pte & PTE_ZERO != 0
-                row.swapped = pte & PTE_SWAP != 0
-                if row.present and not row.zero:
-                    row.pfn = pte_pfn(pte)
-                if not pte & PTE_UNCOUNTED:
-                    row.shared = mapcount_of(atomic_load(&frame_at(mm.mem, row.pfn).counts)) > 1
+                pagemap_row(mm.mem, pte, &rows[(addr - start) >> PAGE_SHIFT])
             addr += PAGE_SIZE
+    while mm.huge != NULL and leaf_next(mm.huge, &at, huge_align(end) >> 9, &stop) != NULL:
+        addr = at << 9
+        while addr < stop << 9:
+            pte = huge_lookup(mm, addr)
+            if pte and start <= addr < end:
+                pagemap_row(mm.mem, pte, &rows[(addr - start) >> PAGE_SHIFT])
+            addr += PAGE_SIZE if pte else HUGE_SIZE
+        at = stop
 
 
 cdef int access_error(int why, u64 address, u64 completed) except -1:
@@ -386,7 +399,8 @@ cdef class AddressSpace:
         prot, flags : int
             As mmap(2): ``PROT_*``; ``MAP_PRIVATE`` or ``MAP_SHARED``, ``MAP_ANONYMOUS``, ``MAP_FIXED``, ``MAP_FIXED_NOREPLACE``,
             ``MAP_POPULATE``, ``MAP_LOCKED``, ``MAP_NORESERVE``, ``MAP_STACK``; ``MAP_GROWSDOWN``: a stack, which grows down to
-            an access in the hole below it, but not into 256 pages above another mapping.
+            an access in the hole below it, but not into 256 pages above another mapping; ``MAP_HUGETLB``: 2 MiB pages (`length`
+            is rounded up to whole ones).
         addr : int, optional
             A hint, or with ``MAP_FIXED`` the place.  Without one: the highest gap that fits.
         file : File, optional
@@ -450,8 +464,9 @@ cdef class AddressSpace:
         cdef u64 first = as_u64(pfn, "pfn")
         cdef u64 protection = as_u64(prot, "prot")
         cdef i64 result
-        if first <= self.mm.mem.nframes or first >= 1ULL << 36 or bytes_ > (1ULL << 48) - (first << PAGE_SHIFT):
-            raise ValueError(f"pfn = {pfn}: a device's are above {self.mm.mem.nframes} and below 2**36")
+        cdef u64 last = self.mm.mem.huge_pfn + (self.mm.mem.nhuge << 9) - 1 if self.mm.mem.nhuge else self.mm.mem.nframes
+        if first <= last or first >= 1ULL << 36 or bytes_ > (1ULL << 48) - (first << PAGE_SHIFT):
+            raise ValueError(f"pfn = {pfn}: a device's are above {last} and below 2**36")
         self.enter()
         with nogil:
             result = mm_mmap_device(self.mm, at, bytes_, protection, first)
@@ -750,7 +765,7 @@ cdef class AddressSpace:
         self.enter()
         with nogil:
             batch_begin(&batch, self.mm.mem, (end - start) >> PAGE_SHIFT)
-            why = touch_range(self.mm, start, end, writing, &batch, &faulted, &stopped)
+            why = touch_any(self.mm, start, end, writing, &batch, &faulted, &stopped)
             batch_end(&batch)
         self.leave()
         if why:
@@ -1046,7 +1061,7 @@ cdef int mm_copy(MM *mm, u64 addr, char *data, u64 count, bint write, u64 *compl
     """Read memory into `data` or write it from there."""
     cdef FrameBatch batch
     cdef u64 part, offset
-    cdef u64 *pte
+    cdef u64 pte = 0
     cdef char *contents
     cdef int why = ACCESS_OK
     batch_begin(&batch, mm.mem, (count >> PAGE_SHIFT) + 2)
@@ -1055,17 +1070,17 @@ cdef int mm_copy(MM *mm, u64 addr, char *data, u64 count, bint write, u64 *compl
         part = PAGE_SIZE - offset
         if part > count - completed[0]:
             part = count - completed[0]
-        why = access_page(mm, addr, write, &batch, &pte)
+        why = access_any(mm, addr, write, &batch, &pte)
         if why:
             break
         if write:
-            contents = page_contents(mm.mem, pte[0], True)
+            contents = page_contents(mm.mem, pte, True)
             if contents == NULL:
                 why = ACCESS_OOM
                 break
             memcpy(contents + offset, data, part)
         else:
-            contents = page_contents(mm.mem, pte[0], False)
+            contents = page_contents(mm.mem, pte, False)
             if contents != NULL:
                 memcpy(data, contents + offset, part)
             else:
@@ -1081,6 +1096,8 @@ cdef char *page_contents(Memory *mem, u64 pte, bint write) noexcept nogil:
     """The buffer of a present page, made for the first write; NULL: zeros, or no memory to write to."""
     if pte & PTE_SPECIAL:
         return device_contents(mem, pte_pfn(pte), write)
+    if pte_pfn(pte) > mem.nframes:
+        return huge_contents(mem, pte_pfn(pte), write)
     if write:
         return frame_contents(mem, pte_pfn(pte))
     return NULL if pte & PTE_ZERO else frame_at(mem, pte_pfn(pte)).contents

@@ -7,8 +7,8 @@ from ioproc.vm.frames cimport (
     frame_unmap, mapcount_of, pool_take)
 from ioproc.vm.mm cimport (
     MM, MMAP_MIN, OWNER_ANON, OWNER_DIRTY, PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, PTE_DIRTY, PTE_EXCLUSIVE, PTE_PRESENT,
-    PTE_SPECIAL, PTE_SWAP, PTE_USER, PTE_WRITE, PTE_YOUNG, PTE_ZERO, VM_ACCESS, VM_GROWSDOWN, VM_LOCKED, VM_SHARED, VM_WRITE,
-    AnonVMA, FileCache, Memory, Slot, Table, VMArea, atomic_add, atomic_load, atomic_store, check, page_align,
+    PTE_SPECIAL, PTE_SWAP, PTE_USER, PTE_WRITE, PTE_YOUNG, PTE_ZERO, VM_ACCESS, VM_GROWSDOWN, VM_HUGETLB, VM_LOCKED, VM_SHARED,
+    VM_WRITE, AnonVMA, FileCache, Memory, Slot, Table, VMArea, atomic_add, atomic_load, atomic_store, check, page_align,
     pthread_mutex_lock, pthread_mutex_unlock, vma_index)
 from ioproc.vm.page_table cimport leaf_drop, leaf_end, leaf_find, leaf_make, pte_set, table_index
 from ioproc.vm.reclaim cimport RECLAIM_TRIES, reclaim_some
@@ -22,6 +22,7 @@ cdef enum Access:
     ACCESS_SEGV = 1             # no mapping, or not allowed
     ACCESS_BUS = 2              # beyond the file's last page
     ACCESS_OOM = 3              # no frame, or no memory for a table
+    ACCESS_HUGE = 4             # not here: huge pages (see huge.pyx)
 
 
 cdef inline u64 pte_make(u64 pfn, u64 bits) noexcept nogil:
@@ -390,6 +391,8 @@ cdef inline int access_page(MM *mm, u64 addr, bint write, FrameBatch *batch, u64
         vma = vma_to_access(mm, addr, write)
         if vma == NULL:
             return ACCESS_SEGV
+        if vma.flags & VM_HUGETLB:
+            return ACCESS_HUGE
         result = fault_or_reclaim(mm, vma, addr & PAGE_MASK, &leaf, write, batch)
         if result != ACCESS_OK:
             return result
@@ -419,6 +422,9 @@ cdef inline int touch_range(MM *mm, u64 start, u64 end, bint write, FrameBatch *
         vma = vma_to_access(mm, addr, write)
         if vma == NULL:
             result = ACCESS_SEGV
+            break
+        if unlikely(vma.flags & VM_HUGETLB):
+            result = ACCESS_HUGE
             break
         limit = vma.end if vma.end < end else end
         anonymous = write and vma.file == NULL

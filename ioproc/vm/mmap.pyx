@@ -85,7 +85,7 @@ cdef int populate(MM *mm, u64 start, u64 end, bint strict) noexcept nogil:
         if not vma.flags & VM_PFNMAP:
             write = vma.flags & (VM_WRITE | VM_SHARED) == VM_WRITE
             batch_begin(&batch, mm.mem, (last - first) >> PAGE_SHIFT)
-            why = touch_range(mm, first, last, write, &batch, &faulted, &stopped)
+            why = touch_any(mm, first, last, write, &batch, &faulted, &stopped)
             batch_end(&batch)
             if why and strict:
                 return -EAGAIN if why == ACCESS_OOM else -ENOMEM
@@ -130,7 +130,7 @@ cdef i64 map_range(MM *mm, u64 addr, u64 length, u64 flags, FileCache *file, u64
         vma = vma_next_in(vma, end)
     if not may_expand(mm, flags, (length >> PAGE_SHIFT) - replaced):
         return -ENOMEM
-    if flags & (VM_NORESERVE | VM_SHARED | VM_WRITE) == VM_WRITE:
+    if flags & (VM_NORESERVE | VM_SHARED | VM_WRITE | VM_HUGETLB) == VM_WRITE:
         flags |= VM_ACCOUNT
     # a VMA in hand before anything is taken away
     vma = vma_new(mm, addr, end, pgoff, flags, file)
@@ -138,6 +138,11 @@ cdef i64 map_range(MM *mm, u64 addr, u64 length, u64 flags, FileCache *file, u64
         return -ENOMEM
     vma.attach = attach
     unmap_prepared(mm, addr, end)
+    if flags & VM_HUGETLB:
+        error = huge_reserve(vma)           # too late for what was mapped here, as in the kernel
+        if error:
+            vma_free(vma)
+            return error
     want.start = addr
     want.end = end
     want.pgoff = pgoff
@@ -172,9 +177,16 @@ cdef i64 mm_mmap(MM *mm, u64 addr, u64 length, u64 prot, u64 flags, FileCache *f
     if offset & (PAGE_SIZE - 1):
         return -EINVAL
     if flags & MAP_ANONYMOUS:
+        if flags & MAP_HUGETLB:
+            return mmap_huge_anonymous(mm, addr, length, prot, flags, offset)
         file = NULL
     elif file == NULL:
         return -EBADF
+    elif file.huge:
+        length = huge_align(length)
+        vm_flags |= VM_HUGETLB | VM_DONTEXPAND
+    elif flags & MAP_HUGETLB:
+        return -EINVAL
     if length == 0:
         return -EINVAL
     length = page_align(length)
@@ -182,7 +194,7 @@ cdef i64 mm_mmap(MM *mm, u64 addr, u64 length, u64 prot, u64 flags, FileCache *f
         return -ENOMEM
     if mm.map_count > mm.max_map_count:
         return -ENOMEM
-    if flags & MAP_LOCKED:
+    if flags & MAP_LOCKED and not vm_flags & VM_HUGETLB:
         vm_flags |= VM_LOCKED
     if flags & MAP_NORESERVE:
         vm_flags |= VM_NORESERVE
@@ -190,7 +202,7 @@ cdef i64 mm_mmap(MM *mm, u64 addr, u64 length, u64 prot, u64 flags, FileCache *f
         vm_flags |= VM_GROWSDOWN
     if flags & MAP_STACK:
         vm_flags |= VM_NOHUGEPAGE
-    result = address_find(mm, addr, length, fixed)
+    result = huge_address(mm, addr, length, fixed) if vm_flags & VM_HUGETLB else address_find(mm, addr, length, fixed)
     if result < 0:
         return result
     addr = <u64> result
@@ -258,6 +270,8 @@ cdef i64 mm_shmat(MM *mm, FileCache *file, u64 addr, bint readonly) noexcept nog
     cdef i64 result
     if not readonly:
         flags |= VM_WRITE | VM_MAYWRITE
+    if file.huge:
+        return -ENOSYS
     if addr & (PAGE_SIZE - 1) or length == 0:
         return -EINVAL
     if addr and (addr > TASK_SIZE - length or vma_first_in(mm, addr, addr + length) != NULL):

@@ -4,9 +4,8 @@
 # An entry of a node knows where its last VMA ends and the largest gap below one of its VMAs, so a search reads nodes only,
 # whose keys lie side by side: of a million VMAs one leaf is out of the cache, and then the VMA itself.
 from libc.stdint cimport UINT64_MAX, int64_t as i64, uint64_t as u64
-from libc.stdlib cimport free
+from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memmove
-from posix.stdlib cimport posix_memalign
 from ioproc.hooks.chain cimport likely, unlikely
 from ioproc.vm.mm cimport (
     MM, MMAP_MIN, NODE_ENTRIES, PAGE_SHIFT, VM_GROWSDOWN, VM_LOCKED, VM_SHARED, VM_WRITE, Entry, Node, VMArea, check,
@@ -118,12 +117,10 @@ cdef inline u64 vma_gap(const VMArea *vma) noexcept nogil:
 
 cdef inline Node *node_new() noexcept nogil:
     """Empty; NULL: no memory."""
-    cdef void *memory
-    cdef Node *node
+    cdef Node *node = <Node *> malloc(sizeof(Node))
     cdef int i
-    if posix_memalign(&memory, 64, sizeof(Node)) != 0:
+    if node == NULL:
         return NULL
-    node = <Node *> memory
     for i in range(NODE_ENTRIES + 1):
         node.entry[i].end = UINT64_MAX
         node.entry[i].child = NULL
