@@ -36,10 +36,16 @@ def kernel(executor):
         yield kernel
 
 
+@pytest.fixture
+def can_swap(kernel):
+    return not versions.no_swap(kernel.sees)
+
+
 def difference(vm, program, kernel):
     """Return the `Difference` that a program shows, or None."""
     try:
-        compare(vm, program, kernel.run(program), kernel.sees, versions.differing())
+        huge_pages = versions.huge_pages() if program.huge else 0
+        compare(vm, program, kernel.run(program), kernel.sees, versions.differing(), huge_pages)
     except Difference as found:
         return found
     return None
@@ -53,13 +59,14 @@ def shrunk(vm, program, executor):
         return difference(vm, shrink(program, lambda smaller: difference(vm, smaller, kernel)), kernel)
 
 
-def compare_all(vm, programs, executor, capsys):
+def compare_all(vm, programs, executor, capsys, note=""):
     """Compare programs until one differs; print what was compared."""
     begin, operations, index = time.monotonic(), 0, -1
+    huge_pages = versions.huge_pages()
     with machine.Kernel(executor) as kernel:
         for index, (program, outcomes) in enumerate(kernel.run_all(programs)):
             try:
-                operations += compare(vm, program, outcomes, kernel.sees, versions.differing())
+                operations += compare(vm, program, outcomes, kernel.sees, versions.differing(), huge_pages)
             except Difference as found:
                 smaller = shrunk(vm, program, executor)
                 note = "" if smaller else "not seen again when the program was repeated:\n"
@@ -67,18 +74,33 @@ def compare_all(vm, programs, executor, capsys):
     with capsys.disabled():
         print(f"\n{vm.__name__} against Linux {'.'.join(map(str, versions.running()))}, seed {SEED}: {index + 1} programs, "
               f"{operations} operations, all equal; {time.monotonic() - begin:.0f} s; "
-              f"seen: {', '.join(sorted(kernel.sees)) or 'only what anyone may see'}")
+              f"seen: {', '.join(sorted(kernel.sees)) or 'only what anyone may see'}{note}")
 
 
 @pytest.mark.parametrize("vm, share", [(ioproc, 1), (model, 0.25)], ids=["ioproc", "model"])
-def test_random_programs(vm, share, executor, capsys):
-    compare_all(vm, (generate(SEED, index) for index in range(max(1, int(PROGRAMS * share)))), executor, capsys)
+def test_random_programs(vm, share, executor, kernel, capsys):
+    no_swap = versions.no_swap(kernel.sees)
+    programs = (generate(SEED, index, swap=not no_swap) for index in range(max(1, int(PROGRAMS * share))))
+    compare_all(vm, programs, executor, capsys, f"; not with swap: {no_swap}" if no_swap else "; with swap")
+
+
+@pytest.mark.parametrize("vm", [ioproc, model], ids=["ioproc", "model"])
+def test_huge_pages(vm, executor, capsys):
+    if not (pages := versions.huge_pages()):
+        pytest.skip("no free huge pages (vm.nr_hugepages)")
+    programs = (generate(SEED, index, huge=True) for index in range(max(1, PROGRAMS // 5)))
+    compare_all(vm, programs, executor, capsys, f"; {pages} huge pages")
 
 
 @pytest.mark.parametrize("vm", [ioproc, model], ids=["ioproc", "model"])
 @pytest.mark.parametrize("program", CASES.values(), ids=CASES)
-def test_a_case(program, vm, kernel):
-    compare(vm, program, kernel.run(program), kernel.sees, versions.differing())
+def test_a_case(program, vm, kernel, can_swap):
+    if program.swaps and not can_swap:
+        pytest.skip(versions.no_swap(kernel.sees))
+    if program.huge and not versions.huge_pages():
+        pytest.skip("no free huge pages (vm.nr_hugepages)")
+    found = difference(vm, program, kernel)
+    assert not found, found
 
 
 def test_the_limit_on_mappings(executor, capsys):
@@ -87,15 +109,15 @@ def test_the_limit_on_mappings(executor, capsys):
     compare_all(ioproc, programs, executor, capsys)
 
 
-def test_the_kernel_repeats_itself(kernel):
+def test_the_kernel_repeats_itself(kernel, can_swap):
     """Without this a difference would mean nothing.  (Frame numbers are not part of an outcome.)"""
     def outcome(program):
         return [(o.result, o.faults,
-                 {p: (s.vmas, [row[1:] for row in s.pages.values()]) for p, s in o.states.items()})
+                 {p: (s.vmas, [row[1:] for row in s.pages.values()], s.locked, s.swapped) for p, s in o.states.items()})
                 for o in kernel.run(program)]
 
     for index in range(20):
-        program = generate(SEED, index)
+        program = generate(SEED, index, swap=can_swap)
         assert outcome(program) == outcome(program), program
 
 
