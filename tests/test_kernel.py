@@ -80,7 +80,8 @@ def compare_all(vm, programs, executor, capsys, note=""):
 @pytest.mark.parametrize("vm, share", [(ioproc, 1), (model, 0.25)], ids=["ioproc", "model"])
 def test_random_programs(vm, share, executor, kernel, capsys):
     no_swap = versions.no_swap(kernel.sees)
-    programs = (generate(SEED, index, swap=not no_swap) for index in range(max(1, int(PROGRAMS * share))))
+    options = {"swap": not no_swap, "lock_limit": "pfn" not in kernel.sees}
+    programs = (generate(SEED, index, **options) for index in range(max(1, int(PROGRAMS * share))))
     compare_all(vm, programs, executor, capsys, f"; not with swap: {no_swap}" if no_swap else "; with swap")
 
 

@@ -167,7 +167,7 @@ def describe(op):
 class _Writer:
     """Writes one random program.  It remembers page boundaries it used, because boundaries are where rules meet."""
 
-    def __init__(self, rng, length, *, brk, executable, mappings, swap):
+    def __init__(self, rng, length, *, brk, executable, mappings, swap, lock_limit):
         self.rng = rng
         self.length = length
         self.theme = rng.choice(("private", "private", "private", "shared", "files", "mixed", "segments"))
@@ -194,8 +194,8 @@ class _Writer:
         elif rng.random() < 0.1 and not self.start_brk:
             # brk() counts the executor's data against this limit differently
             self.limits["limit_data"] = rng.randint(4, 30)
-        if self.locks and rng.random() < 0.4:
-            self.limits["limit_memlock"] = rng.randint(2, 20) * PAGE + rng.choice((0, 0, 100))
+        if self.locks and (rng.random() < 0.4 or lock_limit):
+            self.limits["limit_memlock"] = rng.randint(2, 15) * PAGE + rng.choice((0, 0, 100))
         if self.stacks and rng.random() < 0.4:
             self.limits["limit_stack"] = rng.randint(3, 20) * PAGE + rng.choice((0, 0, 100))
         self.stack_starts = []
@@ -629,7 +629,7 @@ class _HugeWriter:
         return Program(tuple(self.ops), self.files, huge=True)
 
 
-def generate(seed, index, *, length=None, brk=True, executable=True, mappings=False, swap=False, huge=False):
+def generate(seed, index, *, length=None, brk=True, executable=True, mappings=False, swap=False, lock_limit=False, huge=False):
     """Return random program number ``index`` of a seed.
 
     Parameters
@@ -644,6 +644,8 @@ def generate(seed, index, *, length=None, brk=True, executable=True, mappings=Fa
         Whether the number of mappings is limited.
     swap : bool
         Whether pages are swapped out, which needs a swap device.
+    lock_limit : bool
+        Whether all programs that lock memory have a limit on it, not only some: who may not lock as much as he likes needs one.
     huge : bool
         Whether it is about huge pages, which needs a pool of them.
     """
@@ -651,7 +653,8 @@ def generate(seed, index, *, length=None, brk=True, executable=True, mappings=Fa
     if huge:
         return _HugeWriter(rng, length or rng.choice((10, 20, 40))).write_program()
     length = length or rng.choice((12, 25, 40, 60))
-    return _Writer(rng, length, brk=brk, executable=executable, mappings=mappings, swap=swap).write_program()
+    writer = _Writer(rng, length, brk=brk, executable=executable, mappings=mappings, swap=swap, lock_limit=lock_limit)
+    return writer.write_program()
 
 
 def shrink(program, fails, attempts=2000):
