@@ -3,197 +3,31 @@
 It has ioproc's names and arguments, so one driver can run one sequence of calls on both and compare
 everything that can be seen. It is slow on purpose: VMAs are a sorted list, a page table is a dict, and
 every rule stands once, in the order in which Linux 6.18 applies it. Behaviour is the running kernel's
-(tests/test_kernel.py compares this file with it); hooks fire where the IOPROC patch put them.
+(tests/test_kernel.py compares this model with it); hooks fire where the IOPROC patch put them.
 
-Left to later issues, and absent here: swap and reclaim, truncate, mlock, remap_file_pages, huge pages.
+In model_memory.py: frames, swap, files. In model_vma.py: VMAs, merging, limits. Here: page tables and calls.
 
-Out of frames: MemoryError. What the call did before stays (pages faulted in so far, page cache pages
-read in), the failing page is left as it was, and MAP_POPULATE ignores the failure as the kernel does.
+Out of frames: some are reclaimed, and if none can be, MemoryError. What the call did before stays (pages
+faulted in so far, page cache pages read in), the failing page is left as it was, and MAP_POPULATE ignores
+the failure as the kernel does.
 """
+# ruff: noqa: F403, F405
 import errno
 import functools
 import itertools
-import os
-from collections import Counter, namedtuple
-from dataclasses import dataclass, field, replace
-from enum import IntFlag, auto
+from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 
-PAGE = 4096
-WORD = 1 << 64
-TASK_SIZE = 0x7FFFFFFFF000
-MMAP_BASE = 0x7FFFF7FFF000
-MMAP_MIN_ADDR = PAGE
-START_BRK = 0x555555756000
-
-PROT_NONE, PROT_READ, PROT_WRITE, PROT_EXEC, PROT_SEM = 0, 1, 2, 4, 8
-PROT_GROWSDOWN, PROT_GROWSUP = 0x01000000, 0x02000000
-MAP_SHARED, MAP_PRIVATE, MAP_SHARED_VALIDATE, MAP_TYPE = 1, 2, 3, 0xF
-MAP_FIXED, MAP_ANONYMOUS, MAP_LOCKED, MAP_NORESERVE = 0x10, 0x20, 0x2000, 0x4000
-MAP_POPULATE, MAP_NONBLOCK, MAP_STACK, MAP_FIXED_NOREPLACE = 0x8000, 0x10000, 0x20000, 0x100000
-MREMAP_MAYMOVE, MREMAP_FIXED, MREMAP_DONTUNMAP = 1, 2, 4
-MADV_NORMAL, MADV_RANDOM, MADV_SEQUENTIAL, MADV_WILLNEED, MADV_DONTNEED = 0, 1, 2, 3, 4
-MADV_FREE, MADV_DONTFORK, MADV_DOFORK = 8, 10, 11
-MADV_HUGEPAGE, MADV_NOHUGEPAGE, MADV_DONTDUMP, MADV_DODUMP = 14, 15, 16, 17
-MS_ASYNC, MS_INVALIDATE, MS_SYNC = 1, 2, 4
+from model_memory import *
+from model_vma import *
 
 CALLBACKS = ("release", "sync_range", "invalidate_range", "update_range", "change_protection",
              "sync_page", "invalidate_page", "update_page", "wrprotect_page")
-FAULT_KINDS = ("zero", "anon", "file", "reuse", "cow")
+FAULT_KINDS = ("zero", "anon", "file", "reuse", "cow", "swap")
 PAGE_ROW = np.dtype([(name, "?") for name in
                      ("present", "swapped", "writable", "dirty", "young", "zero", "shared")] + [("pfn", "u8")])
-VMA = namedtuple("VMA", "start end prot flags file offset shared")     # what callbacks and vmas() show
-
-
-class Flag(IntFlag):
-    """What two VMAs must have in common to be one."""
-
-    READ = 1
-    WRITE = 2
-    EXEC = 4
-    SHARED = auto()
-    MAYSHARE = auto()       # shared, even if only attached for reading
-    MAYWRITE = auto()
-    ACCOUNT = auto()        # private memory that was writable once: counted against overcommit
-    NORESERVE = auto()
-    LOCKED = auto()
-    RAND_READ = auto()
-    SEQ_READ = auto()
-    HUGEPAGE = auto()
-    NOHUGEPAGE = auto()
-    DONTDUMP = auto()
-    DONTCOPY = auto()       # fork leaves it out
-
-
-ACCESS = Flag.READ | Flag.WRITE | Flag.EXEC
-ADVICE = {      # advice -> (flags it clears, flags it sets)
-    MADV_NORMAL: (Flag.RAND_READ | Flag.SEQ_READ, 0),
-    MADV_RANDOM: (Flag.SEQ_READ, Flag.RAND_READ),
-    MADV_SEQUENTIAL: (Flag.RAND_READ, Flag.SEQ_READ),
-    MADV_HUGEPAGE: (Flag.NOHUGEPAGE, Flag.HUGEPAGE),
-    MADV_NOHUGEPAGE: (Flag.HUGEPAGE, Flag.NOHUGEPAGE),
-    MADV_DONTDUMP: (0, Flag.DONTDUMP),
-    MADV_DODUMP: (Flag.DONTDUMP, 0),
-    MADV_DONTFORK: (0, Flag.DONTCOPY),
-    MADV_DOFORK: (Flag.DONTCOPY, 0),
-}
-
-
-class AccessError(Exception):
-    """A memory access stopped at `address`, after `completed` bytes."""
-
-    def __init__(self, address):
-        super().__init__(f"at {address:#x}")
-        self.address = address
-        self.completed = 0
-
-
-class SegmentationFault(AccessError):
-    """No VMA allows the access."""
-
-
-class BusError(AccessError):
-    """The access is beyond the last page of the mapped file."""
-
-
-def fail(code):
-    raise OSError(code, os.strerror(code))
-
-
-def align(n):
-    """Round up to whole pages, in 64 bits: the largest numbers become 0."""
-    return (n + PAGE - 1) // PAGE * PAGE % WORD
-
-
-# --- physical memory and files ------------------------------------------------------------------
-
-
-@dataclass(eq=False)
-class Frame:
-    pfn: int
-    mappings: set = field(default_factory=set)      # (address space, address): the reverse map
-    cached: bool = False                            # in a file's page cache, which keeps it alive
-    data: bytearray = field(default_factory=lambda: bytearray(PAGE))
-
-
-class PhysicalMemory:
-    def __init__(self, frames=65536, swap_slots=0):
-        self.frames = frames
-        self.used = {}                      # pfn -> Frame
-        self.zero = Frame(0)                # the zero page: not counted, never written
-        self.free_pfns = []
-        self.in_callback = False
-
-    def allocate(self, copy_of=None):
-        if len(self.used) == self.frames:
-            raise MemoryError("out of frames")
-        pfn = self.free_pfns.pop() if self.free_pfns else len(self.used) + 1
-        frame = self.used[pfn] = Frame(pfn)
-        if copy_of:
-            frame.data[:] = copy_of.data
-        return frame
-
-    def release(self, frame):
-        """Free the frame if nothing uses it any more."""
-        if not frame.mappings and not frame.cached and frame is not self.zero:
-            del self.used[frame.pfn]
-            self.free_pfns.append(frame.pfn)
-
-    def mappings(self, pfn):
-        return list(self.used[pfn].mappings)
-
-    @property
-    def stats(self):
-        return {"frames": self.frames, "frames_used": len(self.used),
-                "frames_free": self.frames - len(self.used)}
-
-
-class File:
-    """A file and its page cache. Pages come into being, filled with zeros, at first use (as in tmpfs)."""
-
-    def __init__(self, mem, size, anonymous=False):
-        self.mem, self.size = mem, size
-        self.anonymous = anonymous      # the unnamed file of shared anonymous memory: goes with its last VMA
-        self.pages = {}                 # page number -> Frame
-        self.vmas = 0                   # how many VMAs map it
-
-    def page(self, number):
-        """The frame of a page; None beyond the end of the file."""
-        if number >= align(self.size) // PAGE:
-            return None
-        if number not in self.pages:
-            self.pages[number] = self.mem.allocate()
-            self.pages[number].cached = True
-        return self.pages[number]
-
-    def read(self, offset, n):
-        n = max(0, min(n, self.size - offset))
-        pages = {i: bytes(frame.data) for i, frame in self.pages.items()}
-        return b"".join(pages.get(at // PAGE, bytes(PAGE))[at % PAGE:at % PAGE + k] for at, k in chunks(offset, n))
-
-    def write(self, offset, data):
-        if offset + len(data) > self.size:
-            raise ValueError("write beyond the end of the file")
-        for at, n in chunks(offset, len(data)):
-            self.page(at // PAGE).data[at % PAGE:at % PAGE + n] = data[at - offset:at - offset + n]
-
-    def unmapped(self):
-        self.vmas -= 1
-        if self.anonymous and not self.vmas:
-            for frame in self.pages.values():
-                frame.cached = False
-                self.mem.release(frame)
-            self.pages = {}
-
-
-def chunks(addr, length):
-    """Cut [addr, addr + length) at page borders: (address, bytes) of each piece."""
-    end = addr + length
-    while addr < end:
-        n = min(end, addr // PAGE * PAGE + PAGE) - addr
-        yield addr, n
-        addr += n
 
 
 class Ops:
@@ -210,153 +44,27 @@ class Ops:
         return f"<Ops {self.name}>"
 
 
-# --- VMAs and what ties anonymous ones together ---------------------------------------------------
+# --- address spaces -------------------------------------------------------------------------------
 
 
-class AnonVma:
-    """What connects an anonymous page to every VMA that may map it.
+class MM(VmaList):
+    """VMAs, page tables and hook chains: what one process has, or two after vfork."""
 
-    A VMA gets one at its first private page; fork gives the child's VMA one of its own below the
-    parent's, and links it to all above. VMAs with different ones cannot become one VMA.
-    """
-
-    def __init__(self, parent=None):
-        self.parent = parent or self
-        self.linked = []                # the VMAs whose pages may be found through this one
-        self.children = 0
-        self.parent.children += 1       # a root counts itself
-
-    @property
-    def active(self):
-        """The VMAs whose new pages belong to this one."""
-        return [vma for vma in self.linked if vma.anon_vma is self]
-
-
-@dataclass(eq=False)
-class Vma:
-    """[start, end) of an address space: one file or none, the same flags and hook chain throughout."""
-
-    start: int
-    end: int
-    flags: Flag
-    pgoff: int                      # page number in the file; of anonymous memory, of the address it was born at
-    file: File = None
-    attach: object = None           # the shmat() it comes from
-    chain: tuple = ()               # ops attached to it, newest first
-    anon_vma: AnonVma = None
-    links: list = field(default_factory=list)       # its anon_vma and those above, newest first
-
-    @property
-    def anonymous(self):
-        return self.file is None
-
-    @property
-    def pages(self):
-        return (self.end - self.start) // PAGE
-
-    @property
-    def forked(self):
-        """Came out of a fork with pages its parent had (and maybe still shares)."""
-        return self.anon_vma is not None and len(self.links) > 1
-
-    def pgoff_at(self, addr):
-        return self.pgoff + (addr - self.start) // PAGE
-
-    def snapshot(self):
-        kind = MAP_SHARED if self.flags & Flag.MAYSHARE else MAP_PRIVATE
-        named = self.file is not None and not self.file.anonymous
-        return VMA(self.start, self.end, int(self.flags & ACCESS), kind | (0 if named else MAP_ANONYMOUS),
-                   self.file if named else None, 0 if self.anonymous else self.pgoff * PAGE,
-                   bool(self.flags & Flag.MAYSHARE))
-
-    # anon_vma links
-
-    def link(self, anon_vma):
-        self.links.insert(0, anon_vma)
-        anon_vma.linked.append(self)
-
-    def clone_links(self, other):
-        """Link to all that `other` links to. A new VMA may take over an abandoned anon_vma on the way."""
-        for anon_vma in reversed(other.links):
-            self.link(anon_vma)
-            if self.anon_vma is None and anon_vma.children < 2 and not anon_vma.active:
-                self.anon_vma = anon_vma
-
-    def take_links(self, other):
-        """Part of `other` is merged into this VMA."""
-        if other.anon_vma and not self.anon_vma:
-            self.anon_vma = other.anon_vma
-            self.clone_links(other)
-
-    def inherit_links(self, parent):
-        """This VMA is a fork of `parent`."""
-        if parent.anon_vma:
-            self.clone_links(parent)
-            if not self.anon_vma:
-                self.anon_vma = AnonVma(parent.anon_vma)
-                self.link(self.anon_vma)
-
-    def unlink(self):
-        for anon_vma in self.links:
-            anon_vma.linked.remove(self)
-            if not anon_vma.linked:
-                anon_vma.parent.children -= 1
-        self.links, self.anon_vma = [], None
-
-
-@dataclass
-class Pte:
-    frame: Frame
-    writable: bool
-    dirty: bool = False
-    young: bool = True
-    exclusive: bool = False     # an anonymous page that no other process maps
-
-
-# --- the address space ------------------------------------------------------------------------------
-
-
-def operation(method):
-    """A call that may change something: not from a callback; what callbacks raise goes to its caller."""
-    @functools.wraps(method)
-    def call(self, *args, **kwargs):
-        if self.mem.in_callback:
-            raise RuntimeError("a callback may look, not touch")
-        self.raised = []
-        try:
-            result = method(self, *args, **kwargs)
-        except Exception:
-            if not self.raised:
-                raise
-        if self.raised:
-            first, *others = self.raised
-            for other in others:
-                first.add_note(f"another callback raised {other!r}")
-            raise first
-        return result
-    return call
-
-
-class AddressSpace:
     def __init__(self, mem, max_map_count=65530, start_brk=START_BRK, rlimits=None):
+        super().__init__(max_map_count, rlimits)
         self.mem = mem
-        self.max_map_count = max_map_count
-        self.rlimits = dict(rlimits or {})
+        self.number = next(mem.numbers)
+        self.faces = []             # the AddressSpace objects that are in it
         self.start_brk = self.end_brk = start_brk
-        self.list = []              # VMAs in address order
-        self.ptes = {}              # page address -> Pte
+        self.ptes = {}              # page address -> Pte or SwapEntry
         self.chain = []             # ops of the whole address space, newest first
         self.attached = {}          # ops -> since when they are somewhere in this address space
         self.clock = itertools.count()
-        self.raised = []
         self.faults, self.hooks, self.callbacks, self.chain_nodes = Counter(), Counter(), Counter(), 0
-        self.dead = False
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exc):
-        self.exit()
+    @property
+    def face(self):
+        return self.faces[0]
 
     # --- hooks
 
@@ -373,11 +81,11 @@ class AddressSpace:
             try:
                 callback(*args)
             except Exception as exception:      # the rest still runs; see operation()
-                self.raised.append(exception)
+                self.mem.raised.append(exception)
             finally:
                 self.mem.in_callback = False
 
-    def _fire(self, kind, vma, *args):
+    def fire(self, kind, vma, *args):
         """A hook of one VMA: the address space's chain, then the VMA's."""
         self._walk(self.chain, kind, vma.snapshot(), *args)
         self._walk(vma.chain, kind, vma.snapshot(), *args)
@@ -388,7 +96,6 @@ class AddressSpace:
         for vma in vmas:
             self._walk(vma.chain, "invalidate_range", vma.snapshot(), max(start, vma.start), min(end, vma.end))
 
-    @operation
     def register_ops(self, ops, addr=None, length=None):
         since = self.attached.get(ops) if self._is_attached(ops) else next(self.clock)
         if addr is None:
@@ -399,7 +106,7 @@ class AddressSpace:
             return
         end = self._hook_range(addr, length)
         reached = addr
-        for vma in self._over(addr, end):
+        for vma in self.over(addr, end):
             if vma.start > reached:
                 break
             if ops in vma.chain:
@@ -408,12 +115,11 @@ class AddressSpace:
         self.attached[ops] = since
         at = addr
         while at < end:
-            vma = self._find(at) or fail(errno.ENOMEM)
+            vma = self.find(at) or fail(errno.ENOMEM)
             stop = min(vma.end, end)
             self._modify(vma, at, stop, chain=(ops, *vma.chain))
             at = stop
 
-    @operation
     def unregister_ops(self, ops, addr=None, length=None):
         if addr is None:
             if ops not in self.chain:
@@ -421,10 +127,10 @@ class AddressSpace:
             self.chain.remove(ops)
             return
         end = self._hook_range(addr, length)
-        if not any(ops in vma.chain for vma in self._over(addr, end)):
+        if not any(ops in vma.chain for vma in self.over(addr, end)):
             fail(errno.EINVAL)
         at = addr
-        while vma := self._first(at, end):
+        while vma := self.first(at, end):
             start, stop = max(at, vma.start), min(vma.end, end)
             if ops in vma.chain:
                 self._modify(vma, start, stop, chain=tuple(o for o in vma.chain if o is not ops))
@@ -447,198 +153,30 @@ class AddressSpace:
         rows = np.zeros((addr % PAGE + length + PAGE - 1) // PAGE, PAGE_ROW)
         for i, page in enumerate(range(addr // PAGE * PAGE, addr + length, PAGE)):
             pte = self.ptes.get(page)
-            if pte:
+            if isinstance(pte, SwapEntry):
+                rows[i]["swapped"] = True
+            elif pte:
                 rows[i] = (True, False, pte.writable, pte.dirty, pte.young, pte.frame is self.mem.zero,
                            len(pte.frame.mappings) > 1, pte.frame.pfn)
         return rows
 
     @property
     def stats(self):
-        resident = sum(pte.frame is not self.mem.zero for pte in self.ptes.values())
+        swapped = sum(isinstance(pte, SwapEntry) for pte in self.ptes.values())
+        resident = sum(pte.frame.counted for pte in self._present(0, TASK_SIZE).values())
         return {"faults": self.faults.total(), **{f"faults_{k}": self.faults[k] for k in FAULT_KINDS},
-                "map_count": len(self.list), "total_pages": self._total(), "rss_pages": resident,
+                "map_count": len(self.list), "total_pages": self.total, "rss_pages": resident,
+                "swap_pages": swapped, "locked_pages": self.locked,
                 "hooks": {k: self.hooks[k] for k in CALLBACKS},
                 "callbacks": {k: self.callbacks[k] for k in CALLBACKS}, "chain_nodes": self.chain_nodes}
-
-    def _first(self, start, end):
-        """The first VMA that overlaps [start, end)."""
-        return next(iter(self._over(start, end)), None)
-
-    def _find(self, addr):
-        return self._first(addr, addr + 1)
-
-    def _over(self, start, end):
-        return [vma for vma in self.list if vma.end > start and vma.start < end] if start < end else []
+    def _entries(self, start, end):
+        """The entries of a range by address, in order."""
+        return {page: self.ptes[page] for page in sorted(page for page in self.ptes if start <= page < end)}
 
     def _present(self, start, end):
-        return sorted(page for page in self.ptes if start <= page < end)
-
-    def _neighbours(self, start, end):
-        """The VMAs before and after a hole, or before and after the VMA that fills [start, end)."""
-        before = [vma for vma in self.list if vma.end <= start]
-        after = [vma for vma in self.list if vma.start >= end]
-        return before[-1] if before else None, after[0] if after else None
-
-    # --- the VMA list: insert, remove, split, merge
-
-    def _insert(self, vma):
-        self.list.append(vma)
-        self.list.sort(key=lambda v: v.start)
-        if vma.file:
-            vma.file.vmas += 1
-
-    def _remove(self, vma):
-        self.list.remove(vma)
-        vma.unlink()
-        if vma.file:
-            vma.file.unmapped()
-
-    def _split(self, vma, at):
-        """Cut `vma` in two at an address inside it; both halves keep the chain."""
-        upper = replace(vma, start=at, pgoff=vma.pgoff_at(at), links=[])
-        upper.clone_links(vma)
-        vma.end = at
-        self._insert(upper)
-
-    def _split_counted(self, vma, at):
-        if len(self.list) >= self.max_map_count:
-            fail(errno.ENOMEM)
-        self._split(vma, at)
-
-    def _continues(self, left, right):
-        """Do the two have everything in common that does not concern their anon_vmas?"""
-        return (left is not None and right is not None and left.end == right.start and left.flags == right.flags
-                and left.file is right.file and left.attach is right.attach and left.chain == right.chain
-                and left.pgoff + left.pages == right.pgoff)
-
-    @staticmethod
-    def _anon_joins(neighbour, anon_vma, origin):
-        """May memory with `anon_vma`, coming from the VMA `origin`, become part of `neighbour`?
-
-        A VMA that came out of a fork has several anon_vmas and gives them to no VMA that has none.
-        """
-        if neighbour.anon_vma and anon_vma is None:
-            return not neighbour.forked
-        if anon_vma and neighbour.anon_vma is None:
-            return origin is None or not origin.forked
-        return neighbour.anon_vma is anon_vma
-
-    def _joins(self, new, prev, next, origin):
-        """Can the proposed VMA `new` join its neighbours? (left, right)"""
-        left = self._continues(prev, new) and self._anon_joins(prev, new.anon_vma, origin)
-        right = self._continues(new, next) and self._anon_joins(next, new.anon_vma, origin)
-        if left and right and prev.anon_vma and next.anon_vma and prev.anon_vma is not next.anon_vma:
-            right = False       # each would do, but not both
-        return left, right
-
-    def _merge_new(self, new, copied_from=None, only_left=False, origin=None):
-        """Let a neighbour grow over the hole that `new` would fill. The grown VMA, or None."""
-        prev, next = self._neighbours(new.start, new.end)
-        left, right = self._joins(new, prev, next, copied_from)
-        right = right and not only_left
-        if left and right and next.attach:
-            right = False       # an attached segment's VMA must be closed, not swallowed
-        if not left and not right:
-            return None
-        grown = prev if left else next
-        if left:
-            grown.end = next.end if right else new.end
-        else:
-            grown.start, grown.pgoff = new.start, new.pgoff
-        if left and right:
-            grown.take_links(next)
-            self._remove(next)
-        if copied_from:
-            grown.take_links(copied_from)
-        return grown
-
-    def _merge_existing(self, vma, start, end, flags, chain):
-        """[start, end) of `vma` gets new flags or another chain: let a neighbour take it over."""
-        prev, next = self._neighbours(vma.start, vma.end)
-        new = replace(vma, start=start, end=end, pgoff=vma.pgoff_at(start), flags=flags, chain=chain)
-        left, right = self._joins(new, prev, next, vma)     # only a side of the VMA touches a neighbour
-        whole = (start, end) == (vma.start, vma.end)
-        if whole and vma.attach:
-            return None
-        if left and right and next.attach:
-            right = False
-        if left:
-            prev.take_links(next if right and next.anon_vma else vma)
-            prev.end = next.end if right else end
-            if right:
-                self._remove(next)
-            if whole:
-                self._remove(vma)
-            else:
-                vma.start, vma.pgoff = end, vma.pgoff_at(end)
-            return prev
-        if right:
-            next.take_links(vma)
-            next.start, next.pgoff = start, new.pgoff
-            if whole:
-                self._remove(vma)
-            else:
-                vma.end = start
-            return next
-        return None
-
-    def _modify(self, vma, start, end, flags=None, chain=None):
-        """Give [start, end) of `vma` new flags or another chain. The VMA that now covers it."""
-        flags = vma.flags if flags is None else flags
-        chain = vma.chain if chain is None else chain
-        merged = self._merge_existing(vma, start, end, flags, chain)
-        if merged:
-            return merged
-        if vma.start < start:
-            self._split_counted(vma, start)
-            vma = self._find(start)
-        if vma.end > end:
-            self._split_counted(vma, end)
-        vma.flags, vma.chain = flags, chain
-        return vma
-
-    # --- limits
-
-    def _total(self):
-        return sum(vma.pages for vma in self.list)
-
-    def _may_expand(self, flags, pages):
-        def over(limit, now):
-            return limit in self.rlimits and now + pages > self.rlimits[limit] // PAGE
-
-        def data(flags):
-            return flags & (Flag.WRITE | Flag.SHARED) == Flag.WRITE
-
-        return not over("AS", self._total()) and not (
-            data(flags) and over("DATA", sum(vma.pages for vma in self.list if data(vma.flags))))
-
-    def _unmapped_area(self, addr, length, fixed=False):
-        """Where a new mapping goes: at a free hint, else as high as it fits below MMAP_BASE."""
-        if length > TASK_SIZE:
-            fail(errno.ENOMEM)
-        if fixed:
-            if addr > TASK_SIZE - length:
-                fail(errno.ENOMEM)
-            if addr % PAGE:
-                fail(errno.EINVAL)
-            if addr < MMAP_MIN_ADDR:
-                fail(errno.EPERM)
-            return addr
-        if addr:
-            addr = max(addr // PAGE * PAGE, MMAP_MIN_ADDR)
-            if addr <= TASK_SIZE - length and not self._first(addr, addr + length):
-                return addr
-        top = MMAP_BASE
-        for vma in [*reversed([v for v in self.list if v.start < MMAP_BASE]), None]:
-            bottom = vma.end if vma else MMAP_MIN_ADDR
-            if top - bottom >= length:
-                return top - length
-            top = vma.start if vma else 0
-        fail(errno.ENOMEM)
-
+        return {page: pte for page, pte in self._entries(start, end).items() if isinstance(pte, Pte)}
     # --- mapping and unmapping
 
-    @operation
     def mmap(self, length, prot=PROT_READ | PROT_WRITE, flags=MAP_PRIVATE | MAP_ANONYMOUS, *,
              addr=None, file=None, offset=0):
         if flags & MAP_FIXED_NOREPLACE:
@@ -654,31 +192,87 @@ class AddressSpace:
             fail(errno.ENOMEM)
         addr = self._unmapped_area(addr or 0, length, fixed=flags & MAP_FIXED)
         end = addr + length
-        if flags & MAP_FIXED_NOREPLACE and self._first(addr, end):
+        if flags & MAP_FIXED_NOREPLACE and self.first(addr, end):
             fail(errno.EEXIST)
+        if flags & MAP_LOCKED:
+            self._check_mlock(length)
         kind = flags & MAP_TYPE
         if kind not in (MAP_SHARED, MAP_PRIVATE) and not (file and kind == MAP_SHARED_VALIDATE):
             fail(errno.EINVAL)
         if kind == MAP_SHARED_VALIDATE and flags & MAP_FIXED_NOREPLACE:
             fail(errno.EOPNOTSUPP)      # not one of the flags from before MAP_SHARED_VALIDATE
+        if flags & MAP_GROWSDOWN and (kind != MAP_PRIVATE or not flags & MAP_ANONYMOUS):
+            fail(errno.EINVAL)
 
         vm_flags = Flag(prot & ACCESS) | Flag.MAYWRITE
         vm_flags |= Flag.NORESERVE if flags & MAP_NORESERVE else 0
         vm_flags |= Flag.LOCKED if flags & MAP_LOCKED else 0
         vm_flags |= Flag.NOHUGEPAGE if flags & MAP_STACK else 0
+        vm_flags |= Flag.GROWSDOWN if flags & MAP_GROWSDOWN else 0
         if kind != MAP_PRIVATE:
             vm_flags |= Flag.SHARED | Flag.MAYSHARE
         elif vm_flags & Flag.WRITE and not vm_flags & Flag.NORESERVE:
             vm_flags |= Flag.ACCOUNT
         if flags & MAP_ANONYMOUS:
             file = None
+        if file and offset > (1 << 63) - 1 - length:
+            fail(errno.EOVERFLOW)
         pgoff = offset // PAGE if file else 0 if kind == MAP_SHARED else addr // PAGE
         if not file and kind == MAP_SHARED:
             file = File(self.mem, length, anonymous=True)
-        self._map(Vma(addr, end, vm_flags, pgoff, file))
+        self._map(Vma(self, addr, end, vm_flags, pgoff, file))
         if flags & MAP_LOCKED or flags & (MAP_POPULATE | MAP_NONBLOCK) == MAP_POPULATE:
             self._populate(addr, end)
         return addr
+
+    def mmap_device(self, length, pfn, prot=PROT_READ | PROT_WRITE, *, addr=None):
+        """Map memory that no frame of ours is, as a driver does: all entries at once, and never any other."""
+        flags = ACCESS & prot | Flag.MAYWRITE | Flag.SHARED | Flag.MAYSHARE | Flag.PFNMAP | Flag.DONTDUMP
+        return self._map_filled(length, flags, addr, pfn, lambda page: Pte(self.mem.device_page(pfn + page), bool(prot & 2)))
+
+    def zeromap(self, length, prot=PROT_READ | PROT_WRITE, *, addr=None):
+        """Private /dev/zero: the zero page everywhere, later writes copy."""
+        flags = ACCESS & prot | Flag.MAYWRITE | (Flag.ACCOUNT if prot & PROT_WRITE else 0)
+        return self._map_filled(length, flags, addr, None, lambda page: Pte(self.mem.zero, False))
+
+    def _map_filled(self, length, flags, addr, pgoff, entry):
+        if not length:
+            fail(errno.EINVAL)
+        length = align(length)
+        if not length or len(self.list) > self.max_map_count:
+            fail(errno.ENOMEM)
+        addr = self._unmapped_area(addr or 0, length)
+        self._map(Vma(self, addr, addr + length, Flag(flags), addr // PAGE if pgoff is None else pgoff))
+        vma = self.find(addr)
+        self.fire("invalidate_range", vma, addr, addr + length)
+        for page in range(length // PAGE):
+            self._set(addr + page * PAGE, entry(page))
+        self.fire("update_range", vma, addr, addr + length)
+        return addr
+
+    def remap_file_pages(self, addr, length, page_offset):
+        """Map other pages of the file in place: today a new mapping, populated."""
+        start, length = addr // PAGE * PAGE, length // PAGE * PAGE
+        end = start + length
+        if not length or end >= WORD or page_offset + length // PAGE >= WORD:
+            fail(errno.EINVAL)
+        vma = self.find(start)
+        if not vma or not vma.flags & Flag.SHARED or vma.special:
+            fail(errno.EINVAL)
+        pieces = self.over(start, end)
+        if pieces[-1].end < end or any(
+                left.end != right.start or (right.file, right.attach, right.flags) != (vma.file, vma.attach, vma.flags)
+                for left, right in zip(pieces, pieces[1:])):
+            fail(errno.EINVAL)
+        if len(self.list) > self.max_map_count:
+            fail(errno.ENOMEM)
+        if vma.locked:
+            self._check_mlock(length)
+        if page_offset * PAGE > (1 << 63) - 1 - length:
+            fail(errno.EOVERFLOW)
+        kept = ACCESS | Flag.SHARED | Flag.MAYSHARE | Flag.MAYWRITE | Flag.LOCKED
+        self._map(Vma(self, start, end, vma.flags & kept, page_offset, vma.file, vma.attach))
+        self._populate(start, end)
 
     def _map(self, new):
         """Put `new` where it belongs, over whatever is there."""
@@ -692,18 +286,18 @@ class AddressSpace:
 
     def _isolate(self, start, end):
         """Split VMAs at the edges of the range. The VMAs that then fill it."""
-        first = self._first(start, end)
+        first = self.first(start, end)
         if first and first.start < start and end < first.end and len(self.list) >= self.max_map_count:
             fail(errno.ENOMEM)      # a hole in one VMA adds a VMA for good; other splits are gone again soon
         for at in start, end:
-            vma = self._find(at)
+            vma = self.find(at)
             if vma and vma.start < at:
                 self._split(vma, at)
-        return self._over(start, end)
+        return self.over(start, end)
 
     def _unmap_isolated(self, vmas, start, end):
         self._fire_unmap(vmas, start, end)
-        self._zap(start, end)
+        self.zap(start, end)
         for vma in vmas:
             self._remove(vma)
 
@@ -712,13 +306,11 @@ class AddressSpace:
         if vmas:
             self._unmap_isolated(vmas, start, end)
 
-    @operation
     def munmap(self, addr, length):
         if addr % PAGE or addr > TASK_SIZE or length > TASK_SIZE - addr or not length:
             fail(errno.EINVAL)
         self._unmap(addr, addr + align(length))
 
-    @operation
     def brk(self, addr=None):
         if addr is None or addr < self.start_brk:
             return self.end_brk
@@ -729,7 +321,7 @@ class AddressSpace:
             return self.end_brk
         try:
             if new < old:
-                if not self._first(new, old):
+                if not self.first(new, old):
                     return self.end_brk
                 self._unmap(new, old)
             elif new > old:
@@ -741,19 +333,19 @@ class AddressSpace:
 
     def _grow_brk(self, old, new):
         flags = Flag.READ | Flag.WRITE | Flag.MAYWRITE | Flag.ACCOUNT
-        if (self._first(old, new + PAGE) or not self._may_expand(flags, (new - old) // PAGE)
+        next = self._neighbours(old, old)[1]
+        if (self.find(old) or next and new + PAGE > next.start_gap or not self._may_expand(flags, (new - old) // PAGE)
                 or len(self.list) > self.max_map_count):
             fail(errno.ENOMEM)
-        area = Vma(old, new, flags, old // PAGE)
+        area = Vma(self, old, new, flags, old // PAGE)
         if not (old > self.start_brk and self._merge_new(area, only_left=True)):
             self._insert(area)
 
     # --- System V shared memory
 
-    @operation
     def shmat(self, file, addr=None, readonly=False):
         if addr:
-            if addr % PAGE or self._first(addr, addr + file.size):
+            if addr % PAGE or self.first(addr, addr + file.size):
                 fail(errno.EINVAL)
         length = align(file.size)
         if len(self.list) > self.max_map_count:
@@ -762,10 +354,9 @@ class AddressSpace:
         flags = Flag.READ | Flag.MAYSHARE
         if not readonly:
             flags |= Flag.WRITE | Flag.SHARED | Flag.MAYWRITE
-        self._map(Vma(addr, addr + length, flags, 0, file, attach=object()))
+        self._map(Vma(self, addr, addr + length, flags, 0, file, attach=object()))
         return addr
 
-    @operation
     def shmdt(self, addr):
         if addr % PAGE:
             fail(errno.EINVAL)
@@ -783,7 +374,6 @@ class AddressSpace:
 
     # --- changing what is mapped
 
-    @operation
     def mprotect(self, addr, length, prot):
         grows = prot & (PROT_GROWSDOWN | PROT_GROWSUP)
         prot &= ~grows
@@ -796,12 +386,16 @@ class AddressSpace:
             fail(errno.ENOMEM)
         if prot & ~(PROT_READ | PROT_WRITE | PROT_EXEC | PROT_SEM):
             fail(errno.EINVAL)
-        if grows:       # for stacks, which no VMA here is
-            first = self._first(addr, end)
-            fail(errno.EINVAL if first and (grows == PROT_GROWSDOWN or first.start <= addr) else errno.ENOMEM)
+        if grows:
+            first = self.first(addr, end)
+            if not first or (grows == PROT_GROWSUP and first.start > addr):
+                fail(errno.ENOMEM)
+            if grows == PROT_GROWSUP or not first.flags & Flag.GROWSDOWN:
+                fail(errno.EINVAL)
+            addr = first.start      # from where the stack is now
         at = addr
         while at < end:
-            vma = self._find(at) or fail(errno.ENOMEM)
+            vma = self.find(at) or fail(errno.ENOMEM)
             flags = vma.flags & ~ACCESS | Flag(prot & ACCESS)
             if flags & Flag.WRITE and not flags & Flag.MAYWRITE:
                 fail(errno.EACCES)
@@ -820,53 +414,148 @@ class AddressSpace:
         elif vma.anonymous and not vma.anon_vma:
             flags &= ~Flag.ACCOUNT
         vma = self._modify(vma, start, end, flags)
-        self._fire("change_protection", vma, start, end, prot)
-        for page in self._present(start, end):
-            pte = self.ptes[page]
+        self.fire("change_protection", vma, start, end, prot)
+        for pte in self._present(start, end).values():
             # Private pages stay read-only unless it is certain that nobody else has them.
             pte.writable = bool(flags & Flag.WRITE and (flags & Flag.SHARED or pte.exclusive))
         if old & (Flag.WRITE | Flag.SHARED | Flag.LOCKED) == Flag.LOCKED and flags & Flag.WRITE:
             self._populate(start, end)
         return vma
 
-    @operation
     def madvise(self, addr, length, advice):
-        if advice not in (*ADVICE, MADV_WILLNEED, MADV_DONTNEED, MADV_FREE) or addr % PAGE:
+        visits = {MADV_WILLNEED: None, MADV_DONTNEED: self._dontneed, MADV_FREE: self._free, MADV_REMOVE: self._remove_pages,
+                  MADV_COLD: self._cold, MADV_PAGEOUT: self._pageout}
+        populates = MADV_POPULATE_READ, MADV_POPULATE_WRITE
+        if advice not in (*ADVICE, *visits, *populates) or addr % PAGE:
             fail(errno.EINVAL)
         end = addr + align(length)
         if end >= WORD or length and not align(length):
             fail(errno.EINVAL)
+        if advice in populates:
+            return self._populate_advised(addr, end, advice == MADV_POPULATE_WRITE)
         at, hole = addr, False
         while at < end:
-            vma = self._first(at, end) or fail(errno.ENOMEM)
+            vma = self.first(at, end) or fail(errno.ENOMEM)
             hole = hole or vma.start > at
             start, stop = max(at, vma.start), min(end, vma.end)
-            if advice == MADV_DONTNEED:
-                if vma.flags & Flag.LOCKED:
-                    fail(errno.EINVAL)
-                self._fire("invalidate_range", vma, start, stop)
-                self._zap(start, stop)
-            elif advice == MADV_FREE:
-                if vma.flags & Flag.LOCKED or not vma.anonymous:
-                    fail(errno.EINVAL)
-                self._fire("invalidate_range", vma, start, stop)
-                for page in self._present(start, stop):     # they may go at any time, and do not here
-                    pte = self.ptes[page]
-                    if pte.frame is not self.mem.zero:
-                        pte.young = pte.dirty = False
-            elif advice in ADVICE:
-                clear, add = ADVICE[advice]
-                flags = vma.flags & ~clear | add
-                if flags != vma.flags:
-                    try:
-                        vma = self._modify(vma, start, stop, flags)
-                    except OSError:
-                        fail(errno.EAGAIN)
+            if advice in ADVICE:
+                vma = self._advise(vma, start, stop, advice)
+            elif visits[advice]:
+                visits[advice](vma, start, stop)
             at = max(stop, min(vma.end, end))
         if hole:
             fail(errno.ENOMEM)
 
-    @operation
+    def _advise(self, vma, start, end, advice):
+        """Advice that marks VMAs. The VMA that now covers the range."""
+        if (advice == MADV_WIPEONFORK and not vma.anonymous
+                or advice in (MADV_DOFORK, MADV_DODUMP) and vma.special):
+            fail(errno.EINVAL)
+        clear, add = ADVICE[advice]
+        flags = vma.flags & ~clear | add
+        if flags == vma.flags:
+            return vma
+        try:
+            return self._modify(vma, start, end, flags)
+        except OSError:
+            fail(errno.EAGAIN)
+
+    def _dontneed(self, vma, start, end):
+        if vma.locked or vma.special:
+            fail(errno.EINVAL)
+        self.fire("invalidate_range", vma, start, end)
+        self.zap(start, end)
+
+    def _free(self, vma, start, end):
+        if vma.locked or not vma.anonymous:
+            fail(errno.EINVAL)
+        self.fire("invalidate_range", vma, start, end)
+        for page, pte in self._entries(start, end).items():
+            if isinstance(pte, SwapEntry):
+                self.unset(page)
+            elif pte.frame.counted:
+                frame = pte.frame
+                if frame.slot or frame.dirty and len(frame.mappings) > 1:
+                    continue            # others may need what only this frame says
+                frame.dirty, frame.lazyfree = False, True
+                pte.young = pte.dirty = False
+
+    def _remove_pages(self, vma, start, end):
+        if vma.special:
+            fail(errno.ENODEV)
+        if vma.locked or vma.anonymous:
+            fail(errno.EINVAL)
+        if not vma.flags & Flag.SHARED or not vma.flags & Flag.MAYWRITE:
+            fail(errno.EACCES)
+        vma.file.punch(vma.pgoff_at(start) * PAGE, end - start)
+
+    def _mine(self, start, end):
+        """The pages of the range that nobody else maps."""
+        return {page: pte for page, pte in self._present(start, end).items()
+                if len(pte.frame.mappings) == 1}
+
+    def _cold(self, vma, start, end):
+        if vma.locked or vma.special:
+            fail(errno.EINVAL)
+        for pte in self._mine(start, end).values():
+            pte.young = False
+
+    def _pageout(self, vma, start, end):
+        if vma.locked or vma.special:
+            fail(errno.EINVAL)
+        for pte in self._mine(start, end).values():
+            if self.mem.evictable(pte.frame):
+                self.mem.evict(pte.frame)
+
+    def _populate_advised(self, addr, end, write):
+        for page in range(addr, end, PAGE):
+            vma = self.find(page) or fail(errno.ENOMEM)
+            if vma.special or not vma.flags & (Flag.WRITE if write else Flag.READ):
+                fail(errno.EINVAL)
+            try:
+                self._fault(page, write)
+            except AccessError:
+                fail(errno.EFAULT)
+
+    # --- locked memory
+
+    def _check_mlock(self, length):
+        """May `length` more bytes be locked by a mapping call?"""
+        if not self.rlimits.get("MEMLOCK", WORD):
+            fail(errno.EPERM)
+        if not self._may_lock(length // PAGE):
+            fail(errno.EAGAIN)
+
+    def mlock(self, addr, length):
+        if not self.rlimits.get("MEMLOCK", WORD):
+            fail(errno.EPERM)
+        start, length = addr // PAGE * PAGE, align(length + addr % PAGE)
+        already = sum((min(vma.end, start + length) - max(vma.start, start)) // PAGE
+                      for vma in self.over(start, start + length) if vma.locked)
+        if not self._may_lock(length // PAGE) and not self._may_lock(length // PAGE - already):
+            fail(errno.ENOMEM)
+        self._mark_locked(start, length, Flag.LOCKED)
+        try:
+            self._populate(start, start + length, strict=True)
+        except AccessError:
+            fail(errno.ENOMEM)
+
+    def munlock(self, addr, length):
+        self._mark_locked(addr // PAGE * PAGE, align(length + addr % PAGE), 0)
+
+    def _mark_locked(self, start, length, locked):
+        end = (start + length) % WORD
+        if end < start:
+            fail(errno.EINVAL)
+        at = start
+        while at < end:
+            vma = self.find(at) or fail(errno.ENOMEM)
+            stop = min(vma.end, end)
+            flags = vma.flags & ~Flag.LOCKED | locked
+            if flags != vma.flags and not vma.special:
+                vma = self._modify(vma, at, stop, flags)
+            at = max(stop, min(vma.end, end))
+
     def msync(self, addr, length, flags=MS_SYNC):
         if (flags & ~(MS_ASYNC | MS_INVALIDATE | MS_SYNC) or addr % PAGE
                 or flags & (MS_ASYNC | MS_SYNC) == MS_ASYNC | MS_SYNC):
@@ -876,22 +565,21 @@ class AddressSpace:
             fail(errno.ENOMEM)
         at, hole = addr, False
         while at < end:
-            vma = self._first(at, end) or fail(errno.ENOMEM)
+            vma = self.first(at, end) or fail(errno.ENOMEM)
             if vma.start > at:
                 if flags == MS_ASYNC:
                     fail(errno.ENOMEM)
                 hole = True
-            if flags & MS_INVALIDATE and vma.flags & Flag.LOCKED:
+            if flags & MS_INVALIDATE and vma.locked:
                 fail(errno.EBUSY)
             if vma.flags & Flag.MAYSHARE:       # even attached for reading only
-                self._fire("sync_range", vma, max(at, vma.start), min(end, vma.end))
+                self.fire("sync_range", vma, max(at, vma.start), min(end, vma.end))
             at = vma.end
         if hole:
             fail(errno.ENOMEM)
 
     # --- mremap
 
-    @operation
     def mremap(self, old_addr, old_length, new_length, flags=MREMAP_MAYMOVE, new_addr=None):
         old, new, target = align(old_length), align(new_length), new_addr or 0
         placed = flags & (MREMAP_FIXED | MREMAP_DONTUNMAP)
@@ -909,7 +597,7 @@ class AddressSpace:
         if placed and old == new:
             return self._move_all(old_addr, old, target, flags)
 
-        vma = self._find(old_addr) or fail(errno.EFAULT)
+        vma = self.find(old_addr) or fail(errno.EFAULT)
         self._check_remap(vma, old_addr, old, new, flags)
         if placed:
             return self._move_to(old_addr, old, new, target, flags)
@@ -920,7 +608,7 @@ class AddressSpace:
         if self._can_extend(vma, old_addr, old, new):
             extension = replace(vma, start=vma.end, end=old_addr + new, pgoff=vma.pgoff_at(vma.end))
             self._merge_new(extension)
-            if vma.flags & Flag.LOCKED:
+            if vma.locked:
                 self._populate(old_addr + old, old_addr + new)
             return old_addr
         if not flags & MREMAP_MAYMOVE:
@@ -932,14 +620,18 @@ class AddressSpace:
             return
         if not old and not vma.flags & Flag.MAYSHARE:
             fail(errno.EINVAL)      # an old length of 0 maps shared memory a second time
-        if min(old, new) > vma.end - addr:
+        if flags & MREMAP_DONTUNMAP and vma.special:
+            fail(errno.EINVAL)
+        if min(old, new) > vma.end - addr or new > old and vma.special:
             fail(errno.EFAULT)      # a tail to be unmapped may lie in other VMAs
+        if new > old and vma.locked and not self._may_lock((new - old) // PAGE):
+            fail(errno.EAGAIN)
         if new > old and not self._may_expand(vma.flags, (new - old) // PAGE):
             fail(errno.ENOMEM)
 
     def _can_extend(self, vma, addr, old, new):
         end = addr + new
-        return addr + old == vma.end and end <= TASK_SIZE and not self._first(vma.end, end)
+        return addr + old == vma.end and end <= TASK_SIZE and not self.first(vma.end, end)
 
     def _shrink(self, addr, old, new):
         if addr + new > TASK_SIZE or old - new > TASK_SIZE - (addr + new):
@@ -949,7 +641,7 @@ class AddressSpace:
     def _move_all(self, addr, length, target, flags):
         """Move every VMA of the range, with the holes between them."""
         at, end, result = addr, addr + length, None
-        while vma := self._first(at, end):
+        while vma := self.first(at, end):
             if result is None and vma.start > addr:
                 fail(errno.EFAULT)
             if vma.attach and (result is not None or vma.end < end):
@@ -967,12 +659,12 @@ class AddressSpace:
     def _move_to(self, addr, old, new, target, flags):
         if flags & MREMAP_FIXED:
             self._unmap(target, target + new)
-            if not self._find(addr):
+            if not self.find(addr):
                 fail(errno.EFAULT)      # old was 0, and the target where the VMA was
         if new < old:
             self._shrink(addr, old, new)
             old = new
-        vma = self._find(addr)
+        vma = self.find(addr)
         if flags & MREMAP_DONTUNMAP and not self._may_expand(vma.flags, old // PAGE):
             fail(errno.ENOMEM)
         target = self._unmapped_area(target, new, fixed=flags & MREMAP_FIXED)
@@ -986,18 +678,18 @@ class AddressSpace:
             copy.pgoff = target // PAGE         # nothing points at the old numbers yet
         merged = self._merge_new(copy, copied_from=vma)
         if merged:
-            vma = self._find(addr) if old else vma     # it may have grown into itself
+            vma = self.find(addr) if old else vma     # it may have grown into itself
         else:
             copy.clone_links(vma)
             self._insert(copy)
         moved = merged or copy
         if old:
-            self._fire("invalidate_range", vma, addr, addr + old)
-            self._fire("invalidate_range", moved, target, target + old)
-        for page in self._present(addr, addr + old):
-            pte = self.ptes.pop(page)
+            self.fire("invalidate_range", vma, addr, addr + old)
+            self.fire("invalidate_range", moved, target, target + old)
+        for page, pte in self._entries(addr, addr + old).items():
+            del self.ptes[page]
             self.ptes[page - addr + target] = pte
-            if pte.frame is not self.mem.zero:
+            if isinstance(pte, Pte) and pte.frame.counted:
                 pte.frame.mappings.remove((self, page))
                 pte.frame.mappings.add((self, page - addr + target))
         if flags & MREMAP_DONTUNMAP:
@@ -1006,26 +698,32 @@ class AddressSpace:
                 vma.unlink()
         elif old:
             self._unmap(addr, addr + old)
-        if new > old and moved.flags & Flag.LOCKED:
+        if new > old and moved.locked:
             self._populate(target + old, target + new)
         return target
 
     # --- pages
 
-    def _zap(self, start, end):
-        for page in self._present(start, end):
-            self._unset(page)
+    def zap(self, start, end, copies=True):
+        """Empty the entries of a range; without `copies`, only those of page-cache pages."""
+        for page, pte in self._entries(start, end).items():
+            if copies or (isinstance(pte, Pte) and pte.frame.file):
+                self.unset(page)
 
-    def _unset(self, page):
-        frame = self.ptes.pop(page).frame
-        frame.mappings.discard((self, page))
-        self.mem.release(frame)
+    def unset(self, page):
+        pte = self.ptes.pop(page)
+        if isinstance(pte, SwapEntry):
+            self.mem.swap_free(pte.slot)
+        else:
+            pte.frame.dirty |= pte.dirty and pte.frame.file is not None
+            pte.frame.mappings.discard((self, page))
+            self.mem.release(pte.frame)
 
     def _set(self, page, pte):
         if page in self.ptes:
-            self._unset(page)
+            self.unset(page)
         self.ptes[page] = pte
-        if pte.frame is not self.mem.zero:
+        if pte.frame.counted:
             pte.frame.mappings.add((self, page))
         return pte
 
@@ -1045,19 +743,40 @@ class AddressSpace:
 
     def _fault(self, addr, write):
         """One access to the page of `addr`. (its PTE, did it fault?)"""
+        return self.mem.with_room(self._try_fault, addr, write)
+
+    def _try_fault(self, addr, write):
         page = addr // PAGE * PAGE
-        vma = self._find(addr)
+        vma = self.find(addr) or self._grow_stack(page)
         if vma is None or not vma.flags & (Flag.WRITE if write else ACCESS):
             raise SegmentationFault(addr)
         pte = self.ptes.get(page)
-        faulted = pte is None or (write and not pte.writable)
+        faulted = not isinstance(pte, Pte) or (write and not pte.writable)
         if pte is None:
             pte = self._fault_absent(vma, addr, page, write)
+        elif isinstance(pte, SwapEntry):
+            pte = self._fault_swapped(vma, page, pte, write)
         elif faulted:
             pte = self._fault_protected(vma, page, pte)
         pte.young = True
         pte.dirty = pte.dirty or write
         return pte, faulted
+
+    def _grow_stack(self, page):
+        """An access below a stack extends it, but not into the guard gap above what is mapped below."""
+        prev, vma = self._neighbours(page, page)
+        if not vma or not vma.flags & Flag.GROWSDOWN or page < MMAP_MIN_ADDR:
+            return None
+        if prev and not prev.flags & Flag.GROWSDOWN and prev.flags & ACCESS and page - prev.end < GUARD_GAP:
+            return None
+        self._prepare_anon(vma)
+        grow = (vma.start - page) // PAGE
+        if (grow > vma.pgoff or not self._may_expand(vma.flags, grow)
+                or vma.end - page > self.rlimits.get("STACK", WORD)
+                or vma.locked and not self._may_lock(grow)):
+            return None
+        vma.start, vma.pgoff = page, vma.pgoff - grow
+        return vma
 
     def _fault_absent(self, vma, addr, page, write):
         writable = bool(vma.flags & Flag.WRITE)
@@ -1074,39 +793,73 @@ class AddressSpace:
             if vma.flags & Flag.SHARED or not write:
                 pte = Pte(frame, writable and bool(vma.flags & Flag.SHARED))
             else:
-                pte = Pte(self.mem.allocate(copy_of=frame), writable, exclusive=True)
+                pte = Pte(self.mem.allocate(frame.data), writable, exclusive=True)
         self.faults[kind] += 1
         pte.dirty = write       # before the hook, which may look
         self._set(page, pte)
-        self._fire("update_page", vma, page)
+        self.fire("update_page", vma, page)
+        return pte
+
+    def _fault_swapped(self, vma, page, entry, write):
+        slot, frame = entry.slot, entry.slot.frame
+        alone = entry.exclusive or (
+            (write or vma.locked) and slot.users == 1 and (frame is None or not (frame.mappings or frame.pins)))
+        if write and not alone:
+            return self._copy_swapped(vma, page, slot)
+        if frame is None:
+            frame = self.mem.allocate(slot.data)
+            frame.dirty = True                  # its contents are nowhere else, once the slot is free
+            self.mem.counts["swapped_in"] += 1
+        if slot.users > 1:
+            slot.frame, frame.slot = frame, slot
+        pte = self._set(page, Pte(frame, alone and bool(vma.flags & Flag.WRITE), write, exclusive=alone))
+        self.faults["swap"] += 1
+        self.fire("update_page", vma, page)
+        return pte
+
+    def _copy_swapped(self, vma, page, slot):
+        self._prepare_anon(vma)
+        copy = self.mem.allocate(slot.data)
+        self.mem.counts["swapped_in"] += 1
+        self.faults["swap"] += 1
+        self.fire("invalidate_page", vma, page)
+        pte = self._set(page, Pte(copy, writable=True, dirty=True, exclusive=True))
+        self.fire("update_page", vma, page)
         return pte
 
     def _fault_protected(self, vma, page, pte):
         frame = pte.frame
-        anon = frame is not self.mem.zero and not frame.cached
-        if anon and (pte.exclusive or len(frame.mappings) == 1):
+        if pte.exclusive or frame.alone:
             self.faults["reuse"] += 1
             pte.exclusive = pte.writable = pte.dirty = pte.young = True
         else:
             self._prepare_anon(vma)
-            copy = self.mem.allocate(copy_of=frame)
+            copy = self.mem.allocate(frame.data)
             self.faults["cow"] += 1
-            self._fire("invalidate_page", vma, page)
+            self.fire("invalidate_page", vma, page)
             pte = self._set(page, Pte(copy, writable=True, dirty=True, exclusive=True))
-        self._fire("update_page", vma, page)
+        self.fire("update_page", vma, page)
         return pte
 
-    def _populate(self, start, end):
-        """Fault in a range as far as it goes: what fails ends its VMA's part and is not reported."""
-        for vma in self._over(start, end):
+    def _populate(self, start, end, strict=False):
+        """Fault in a range as far as it goes: what fails ends its VMA's part and is not reported, or (strict) all."""
+        for vma in self.over(start, end):
             write = vma.flags & (Flag.WRITE | Flag.SHARED) == Flag.WRITE
-            if not vma.flags & ACCESS:
+            if vma.special:
                 continue
             try:
                 for page in range(max(start, vma.start), min(end, vma.end), PAGE):
                     self._fault(page, write)
-            except (BusError, MemoryError):
-                pass
+            except (AccessError, MemoryError):
+                if strict:
+                    raise
+
+    def get_page(self, addr, write):
+        """A device asks for the frame of a page."""
+        vma = self.find(addr)
+        if not vma or vma.special or not vma.flags & (Flag.WRITE if write else Flag.READ):
+            raise SegmentationFault(addr)
+        return self._fault(addr, write)[0].frame
 
     # --- access
 
@@ -1120,16 +873,13 @@ class AddressSpace:
                 raise
             yield at, n, pte.frame, faulted
 
-    @operation
     def read(self, addr, n):
         return b"".join(bytes(frame.data[at % PAGE:at % PAGE + k]) for at, k, frame, _ in self._access(addr, n, False))
 
-    @operation
     def write(self, addr, data):
         for at, n, frame, _ in self._access(addr, len(data), True):
             frame.data[at % PAGE:at % PAGE + n] = data[at - addr:at - addr + n]
 
-    @operation
     def touch(self, addr, length=1, write=False):
         faults = done = 0
         try:
@@ -1141,42 +891,116 @@ class AddressSpace:
             raise
         return faults
 
-    # --- processes
+    # --- beginnings and ends
 
-    @operation
     def fork(self):
-        child = AddressSpace(self.mem, self.max_map_count, self.start_brk, self.rlimits)
+        child = MM(self.mem, self.max_map_count, self.start_brk, self.rlimits)
         child.end_brk = self.end_brk
         for vma in self.list:
             if vma.flags & Flag.DONTCOPY:
                 continue
-            copy = replace(vma, chain=(), anon_vma=None, links=[], flags=vma.flags & ~Flag.LOCKED)
-            copy.inherit_links(vma)
+            copy = replace(vma, mm=child, chain=(), anon_vma=None, links=[], flags=vma.flags & ~Flag.LOCKED)
             child._insert(copy)
-            if not vma.anon_vma:
-                continue        # the child faults in what it needs
-            for page in self._present(vma.start, vma.end):
-                pte = self.ptes[page]
-                if pte.writable:
-                    self._fire("wrprotect_page", vma, page)
-                pte.writable = pte.exclusive = False
-                child._set(page, replace(pte, young=False))
+            if vma.flags & Flag.WIPEONFORK:
+                continue
+            copy.inherit_links(vma)
+            if vma.anon_vma or vma.special:         # of others the child faults in what it needs
+                self._copy_pages(vma, child)
+        return child
+
+    def _copy_pages(self, vma, child):
+        for page, pte in self._entries(vma.start, vma.end).items():
+            if isinstance(pte, SwapEntry):
+                pte.exclusive = False
+                pte.slot.users += 1
+                child.ptes[page] = replace(pte)
+                continue
+            if vma.special:
+                child._set(page, replace(pte, young=False, dirty=False))
+                continue
+            if pte.writable:
+                self.fire("wrprotect_page", vma, page)
+            pte.writable = pte.exclusive = False
+            child._set(page, replace(pte, young=False))
+
+    def tear_down(self):
+        """The last user is gone."""
+        only_on_vmas = {ops for vma in self.list for ops in vma.chain} - set(self.chain)
+        while self.chain:
+            self._walk([self.chain.pop(0)], "release", self.face)
+        for ops in sorted(only_on_vmas, key=self.attached.get, reverse=True):
+            self._walk([ops], "release", self.face)
+        for page in list(self.ptes):
+            self.unset(page)
+        for vma in list(self.list):
+            self._remove(vma)
+
+
+class AddressSpace:
+    """A process as its calls see it: an MM, which the child of a vfork has together with its parent."""
+
+    def __init__(self, mem, max_map_count=65530, start_brk=START_BRK, rlimits=None):
+        self.mem = mem
+        self._enter(MM(mem, max_map_count, start_brk, rlimits))
+
+    def _enter(self, mm):
+        self.mm = mm
+        mm.faces.append(self)
+
+    def _leave(self):
+        if len(self.mm.faces) == 1:
+            self.mm.tear_down()
+        self.mm.faces.remove(self)
+
+    def __getattr__(self, name):        # looking
+        return getattr(self.__dict__["mm"], name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.exit()
+
+    @operation
+    def fork(self):
+        child = object.__new__(AddressSpace)
+        child.mem = self.mem
+        child._enter(self.mm.fork())
         return child
 
     @operation
+    def vfork(self):
+        """A child that is in this address space until it calls exec or exit."""
+        child = object.__new__(AddressSpace)
+        child.mem = self.mem
+        child._enter(self.mm)
+        return child
+
+    @operation
+    def exec(self):
+        """Leave the address space for a new one, empty, with the same limits."""
+        self._leave()
+        self._enter(MM(self.mem, self.mm.max_map_count, self.mm.start_brk, self.mm.rlimits))
+
+    @operation
     def exit(self):
-        if self.dead:
-            return
-        self.dead = True
-        only_on_vmas = {ops for vma in self.list for ops in vma.chain} - set(self.chain)
-        while self.chain:
-            self._walk([self.chain.pop(0)], "release", self)
-        for ops in sorted(only_on_vmas, key=self.attached.get, reverse=True):
-            self._walk([ops], "release", self)
-        for page in list(self.ptes):
-            self._unset(page)
-        for vma in list(self.list):
-            self._remove(vma)
+        if self in self.mm.faces:
+            self._leave()
+
+
+def _call(name):
+    method = getattr(MM, name)
+
+    @functools.wraps(method)
+    def call(self, *args, **kwargs):
+        return method(self.mm, *args, **kwargs)
+    return operation(call)
+
+
+for name in ("mmap", "munmap", "mprotect", "madvise", "msync", "mremap", "brk", "mlock", "munlock", "shmat", "shmdt",
+             "mmap_device", "zeromap", "remap_file_pages",
+             "read", "write", "touch", "register_ops", "unregister_ops"):
+    setattr(AddressSpace, name, _call(name))
 
 
 # --- what must always hold ---------------------------------------------------------------------------
@@ -1184,30 +1008,43 @@ class AddressSpace:
 
 def check(mem, *spaces, files=()):
     """Assert the invariants; `spaces` and `files` are all that are alive on `mem`."""
-    mapped = {}
-    for mm in spaces:
+    mapped, swapped = {}, Counter()
+    mms = {space.mm for space in spaces}
+    for mm in mms:
         for left, right in zip(mm.list, mm.list[1:]):
             assert left.end <= right.start, "VMAs overlap or are out of order"
         for vma in mm.list:
-            assert vma.start < vma.end and not vma.start % PAGE and not vma.end % PAGE
+            assert vma.mm is mm and vma.start < vma.end and not vma.start % PAGE and not vma.end % PAGE
             assert (vma.anon_vma is None) == (not vma.links)
             assert all(vma in anon_vma.linked for anon_vma in vma.links)
             assert len(set(vma.chain)) == len(vma.chain)
+            assert not vma.file or vma in vma.file.vmas
         for page, pte in mm.ptes.items():
-            vma = mm._find(page)
+            vma = mm.find(page)
             assert vma, "a page outside every VMA"
+            if isinstance(pte, SwapEntry):
+                swapped[pte.slot] += 1
+                assert vma.anon_vma and not (pte.exclusive and pte.slot.users > 1)
+                continue
             assert not pte.writable or vma.flags & Flag.WRITE
-            assert not pte.exclusive or len(pte.frame.mappings) == 1
-            if pte.frame is mem.zero:
+            assert not pte.exclusive or (len(pte.frame.mappings) == 1 and not pte.frame.slot)
+            if vma.special:
+                assert not pte.frame.counted
+            elif pte.frame is mem.zero:
                 assert not pte.writable and not pte.dirty
             else:
                 mapped.setdefault(pte.frame.pfn, set()).add((mm, page))
-                assert pte.frame.cached or vma.anon_vma, "a private page without an anon_vma"
+                assert pte.frame.file or vma.anon_vma, "a private page without an anon_vma"
+                assert not pte.frame.slot or not pte.writable
     for pfn, frame in mem.used.items():
         assert frame.mappings == mapped.pop(pfn, set()), "the reverse map lies"
-        assert frame.mappings or frame.cached, "a frame leaked"
+        assert frame.mappings or frame.file or frame.pins, "a frame leaked"
+        assert not frame.slot or (frame.slot.frame is frame and frame.slot in mem.slots)
     assert not mapped and not any(mem.zero.data)
-    cached = {frame.pfn for mm in spaces for vma in mm.list if vma.file for frame in vma.file.pages.values()}
-    cached |= {frame.pfn for file in files for frame in file.pages.values()}
-    assert cached == {pfn for pfn, frame in mem.used.items() if frame.cached}, "the page cache leaked"
-    assert len(mem.used) <= mem.frames
+    files = {*files, *(vma.file for mm in mms for vma in mm.list if vma.file)}
+    cached = {frame.pfn: file for file in files for frame in file.pages.values()}
+    assert cached == {pfn: frame.file for pfn, frame in mem.used.items() if frame.file}, "the page cache leaked"
+    swapped.update(slot for file in files for slot in file.slots.values())
+    assert swapped == Counter({slot: slot.users for slot in mem.slots}), "a swap slot leaked"
+    assert all(frame.number < file.end for file in files for frame in file.pages.values())
+    assert len(mem.used) <= mem.frames and len(mem.slots) <= mem.swap_slots

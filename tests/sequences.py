@@ -15,46 +15,63 @@ from model import PAGE
 
 ARENA, ARENA_PAGES = 0x10000000, 24
 HEAP = ARENA + 16 * PAGE            # brk starts inside the arena and runs into what is mapped there
-FILE_SIZES = 5 * PAGE, 2 * PAGE + 100, 1
+FILES = [(5 * PAGE, False), (2 * PAGE + 100, False), (1, False), (6 * PAGE, True), (PAGE + 7, True)]     # size, memfd
+DEVICE = 0x100000                   # a page frame number of device memory
 SPACES = 6                          # address spaces alive at once
-LOOK = ["present", "writable", "dirty", "young", "shared"]
+LOOK = ["present", "swapped", "writable", "dirty", "young", "shared"]
 
 
 class Side:
     """One implementation, running one program."""
 
-    def __init__(self, impl, frames, max_map_count, rlimits):
+    def __init__(self, impl, limits):
         self.impl = impl
-        self.mem = impl.PhysicalMemory(frames=frames)
-        self.files = [impl.File(self.mem, size) for size in FILE_SIZES]
-        self.options = {"max_map_count": max_map_count, "start_brk": HEAP, "rlimits": rlimits}
+        options = {"start_brk": HEAP, **limits}
+        memory = {name: options.pop(name) for name in ("frames", "swap_slots") if name in limits}
+        self.mem = impl.PhysicalMemory(**{"frames": 4096, **memory})
+        self.files = [impl.File(self.mem, size, memfd=memfd) for size, memfd in FILES]
+        self.options = options
         self.spaces = {}            # number -> address space, those alive
+        self.shares = {}            # number -> the number of the one whose memory it has: another's after vfork
         self.born = 0
+        self.pins = []              # page frame numbers, per call that pinned them
         self.fired = []             # hooks of the running call
-        self.running = None
-        self.ops = [self._ops("all", model.CALLBACKS), self._ops("also all", model.CALLBACKS),
-                    self._ops("few", ["invalidate_range", "update_page", "release"])]
+        self.ops = {}               # (number, which) -> Ops: each address space has its own, so that it can be looked at
+        self.core = getattr(impl, "_core", None)
+        if self.core:
+            self.core.watch_victims(self.mem)
         self.add(impl.AddressSpace(self.mem, **self.options))
 
-    def add(self, mm):
+    def add(self, mm, shares=None):
         self.spaces[self.born] = mm
+        self.shares[self.born] = self.born if shares is None else self.shares[shares]
         self.born += 1
         return self.born - 1
 
-    def _ops(self, name, kinds):
-        def recorder(kind):
-            def release(mm):
-                self.fired.append((kind, name, self.number(mm)))
+    def named_ops(self, number, which):
+        """The ops of an address space: two that hear all nine hooks, one that hears three."""
+        home = self.shares[number]
+        if (home, which) not in self.ops:
+            kinds = ["invalidate_range", "update_page", "release"] if which == 2 else model.CALLBACKS
+            self.ops[home, which] = self.impl.Ops(name=str(which), **{kind: self.recorder(kind, home, which) for kind in kinds})
+        return self.ops[home, which]
 
-            def record(vma, *args):
-                start, end = args[:2] if len(args) > 1 else (args[0], args[0] + PAGE)
-                seen = self.running.pagemap(start, end - start)[LOOK].tolist()
-                self.fired.append((kind, name, self.describe(vma), args, seen))
-            return release if kind == "release" else record
-        return self.impl.Ops(name=name, **{kind: recorder(kind) for kind in kinds})
+    def recorder(self, kind, home, which):
+        def release(mm):
+            self.fired.append((kind, which, home, self.shares[self.number(mm)]))
+
+        def record(vma, *args):
+            start, end = args[:2] if len(args) > 1 else (args[0], args[0] + PAGE)
+            mm = next(mm for number, mm in self.spaces.items() if self.shares[number] == home)
+            seen = mm.pagemap(start, end - start)[LOOK].tolist()
+            self.fired.append((kind, which, home, self.describe(vma), args, seen))
+        return release if kind == "release" else record
 
     def number(self, mm):
         return next(number for number, space in self.spaces.items() if space is mm)
+
+    def home(self, mm):
+        return self.shares[self.number(mm)]
 
     def describe(self, vma):
         file = next((i for i, file in enumerate(self.files) if file is vma.file), None)
@@ -63,33 +80,85 @@ class Side:
 
     def run(self, number, name, args, kwargs):
         """One call on one address space: (what came of it, the hooks it fired)."""
-        self.fired, self.running = [], self.spaces.get(number)
-        args = [self.convert(arg) for arg in args]
-        kwargs = {key: self.convert(value) for key, value in kwargs.items()}
+        self.fired = []
+        space = self.spaces.get(number)
         try:
-            if name == "new":
-                result = self.add(self.impl.AddressSpace(self.mem, **self.options))
-            elif name == "write_file":
-                file, *args = args
-                result = file.write(*args)
-            elif name == "fork":
-                result = self.add(self.running.fork())
-            else:
-                result = getattr(self.running, name)(*args, **kwargs)
+            args = [self.convert(number, arg) for arg in args]
+            kwargs = {key: self.convert(number, value) for key, value in kwargs.items()}
+            result = self.perform(number, space, name, args, kwargs)
         except OSError as error:
             result = "OSError", errno.errorcode[error.errno]
-        except MemoryError:
-            result = ("MemoryError",)
+        except (MemoryError, ValueError) as error:
+            result = (type(error).__name__.replace("OutOfFrames", "MemoryError"),)
         except (self.impl.SegmentationFault, self.impl.BusError) as error:
             result = type(error).__name__, hex(error.address), error.completed
         if name == "exit":
             del self.spaces[number]
-        return result, self.fired
+        fired = self.fired
+        if name in ("truncate", "punch_hole") or name == "madvise" and args[-1] == model.MADV_REMOVE:
+            # several VMAs, in any order: which is first decides whether its pages are still mapped elsewhere
+            fired = sorted([(*hook[:-1], [look[:-1] for look in hook[-1]]) for hook in fired], key=str)
+        return result, fired
 
-    def convert(self, arg):
+    def perform(self, number, space, name, args, kwargs):
+        if name == "new":
+            return self.add(self.impl.AddressSpace(self.mem, **self.options))
+        if name in ("fork", "vfork"):
+            child = getattr(space, name)()
+            return self.add(child, number if name == "vfork" else None)
+        if name in ("truncate", "punch_hole", "write_file"):
+            file, *args = args
+            return getattr(file, name.replace("_file", ""))(*args)
+        if name == "reclaim":
+            return self.mem.reclaim(*args)
+        if name == "pin":
+            self.pins.append(self.mem.pin(space, *args, **kwargs))
+            return len(self.pins[-1])
+        if name == "unpin":
+            return self.mem.unpin(self.pins.pop(args[0] % len(self.pins))) if self.pins else None
+        result = getattr(space, name)(*args, **kwargs)
+        if name == "exec":
+            self.shares[number] = self.born
+            self.born += 1
+        return result
+
+    def convert(self, number, arg):
         """Files and ops are named by a pair in a program: each side has its own."""
-        kind, *index = arg if isinstance(arg, tuple) else (None,)
-        return {"file": self.files, "ops": self.ops}[kind][index[0]] if kind else arg
+        kind, index = arg if isinstance(arg, tuple) else (None, None)
+        return self.files[index] if kind == "file" else self.named_ops(number, index) if kind == "ops" else arg
+
+    # --- what reclaim took: per frame (file, page number, mappings); the file of an anonymous page is None
+
+    def victims(self):
+        """The core's, per run of reclaim during the last call, in terms that hold on each side."""
+        def named(what):        # an address in a space, or a file
+            return (self.home(what[0]), what[1]) if isinstance(what, tuple) else self.files.index(what)
+
+        runs = [[]]
+        for kind, *what in self.core.victims(self.mem) if self.core else ():
+            if kind == "batch":
+                runs.append([])
+            elif kind == "file":    # shared anonymous memory is named by where it is mapped
+                runs[-1].append((named(what[0]), what[1], [named(where) for where in what[2]]))
+            else:
+                runs[-1].append((None, 0, [named(where) for where in what[0]]))
+        return runs
+
+    def set_victims(self, runs):
+        """Tell the model what to reclaim."""
+        homes = {home: self.spaces[number].mm for number, home in self.shares.items() if number in self.spaces}
+
+        def found(what):
+            return (homes[what[0]], what[1]) if isinstance(what, tuple) else None if what is None else self.files[what]
+
+        self.mem.victims = [[(found(file), number, [found(where) for where in mappings])
+                             for file, number, mappings in run] for run in runs]
+
+    def reclaimed(self):
+        """What the model has reclaimed during the last call."""
+        log, self.mem.log = self.mem.log, []
+        return [(self.files.index(file) if file in self.files else None, number,
+                 [(self.home(mm.face), addr) for mm, addr in mappings]) for file, number, mappings in log]
 
     def state(self):
         """What can be seen without changing it, and the frames behind the present pages."""
@@ -99,25 +168,27 @@ class Side:
             pages[number] = {}
             for vma in mm.vmas():
                 rows = mm.pagemap(vma.start, vma.end - vma.start)
-                for at, (*looks, zero, pfn) in enumerate(rows[[*LOOK, "swapped", "zero", "pfn"]].tolist()):
-                    if looks[0]:
+                for at, (*looks, zero, pfn) in enumerate(rows[[*LOOK, "zero", "pfn"]].tolist()):
+                    if looks[0] or looks[1]:
                         pages[number][hex(vma.start + at * PAGE)] = *looks, zero
-                        if not zero:
+                        if looks[0] and not zero and pfn < DEVICE:
                             frames.append(pfn)
-        return {"vmas": vmas, "pages": pages, "frames": self.mem.stats["frames_used"],
+        frames += [pfn for pins in self.pins for pfn in pins.tolist()]
+        return {"vmas": vmas, "pages": pages, "memory": self.mem.stats, "file sizes": [file.size for file in self.files],
                 "files": [file.read(0, file.size) for file in self.files],
                 "stats": {number: mm.stats for number, mm in self.spaces.items()}}, frames
 
     def check_invariants(self):
-        if hasattr(self.impl, "check"):
-            self.impl.check(self.mem, *self.spaces.values(), files=self.files)
+        spaces = list({self.shares[number]: mm for number, mm in self.spaces.items()}.values())
+        if not self.core:
+            self.impl.check(self.mem, *spaces, files=self.files)
         else:
-            for mm in self.spaces.values():
-                self.impl._core.check_space(mm)
-            self.impl._core.check_memory(self.mem, list(self.spaces.values()))
+            for mm in spaces:
+                self.core.check_space(mm)
+            self.core.check_memory(self.mem, spaces)
 
     def mapped_at(self, pfn):
-        return sorted((self.number(mm), addr) for mm, addr in self.mem.mappings(pfn))
+        return sorted((self.home(mm), addr) for mm, addr in self.mem.mappings(pfn))
 
 
 def brief(value):
@@ -131,12 +202,14 @@ def same(what, got, expected):
     """Assert that both are equal; say where they first are not."""
     if got == expected:
         return
-    if type(expected) is dict and set(got) == set(expected):
+    if type(expected) is dict and set(got) >= set(expected):       # the core may count more than the model
         for key in expected:
             same(f"{what}: {key}", got[key], expected[key])
     if type(expected) in (list, bytes):
         at = next((i for i, (a, b) in enumerate(zip(got, expected)) if a != b), min(len(got), len(expected)))
         what, got, expected = f"{what} [{at}]", got[at:at + 3], expected[at:at + 3]
+    if type(expected) is dict:
+        return
     raise AssertionError(f"{what}: got {got}, expected {expected}")
 
 
@@ -152,10 +225,10 @@ def compare(ours, theirs):
 
 
 class Run:
-    """A program running on several implementations in step; the first one says what is right."""
+    """A program running on several implementations in step; the first one, the model, says what is right."""
 
-    def __init__(self, implementations, frames=4096, max_map_count=65530, rlimits=None):
-        self.sides = [Side(impl, frames, max_map_count, rlimits) for impl in implementations]
+    def __init__(self, implementations, **limits):
+        self.sides = [Side(impl, limits) for impl in implementations]
         self.text = []
 
     @property
@@ -165,19 +238,27 @@ class Run:
     def call(self, space, name, args, kwargs):
         """One call on the space-th address space of those alive."""
         number = self.alive[space % len(self.alive)] if self.alive else None
-        if number is None and name not in ("new", "write_file"):
+        if number is None and name not in ("new", "write_file", "truncate", "punch_hole", "reclaim", "unpin"):
             return
-        ours, *others = self.sides
+        model_side, *others = self.sides
         said = [brief(arg) for arg in args] + [f"{key}={brief(value)}" for key, value in kwargs.items()]
         self.text.append(f"mm{number}.{name}({', '.join(said)})")
-        expected = ours.run(number, name, args, kwargs)
+        # The others first: the model has no policy, and reclaims what they reclaimed.
+        got = [side.run(number, name, args, kwargs) for side in others]
+        went = [side.victims() for side in others]
+        if others:
+            model_side.set_victims(went[0][1:])
+        expected = model_side.run(number, name, args, kwargs)
         self.text.append(f"    -> {brief(expected[0])}, hooks: {[fired[:2] for fired in expected[1]]}")
-        ours.check_invariants()
-        for side in others:
-            got = side.run(number, name, args, kwargs)
-            same("the result", got[0], expected[0])
-            same("the hooks", got[1], expected[1])
-            compare(ours, side)
+        model_side.check_invariants()
+        reclaimed = model_side.reclaimed()
+        for side, (result, hooks), runs in zip(others, got, went):
+            same("the result", result, expected[0])
+            same("the hooks", hooks, expected[1])
+            same("what was reclaimed", [(None if isinstance(file, tuple) else file, *what) for file, *what in sum(runs, [])],
+                 reclaimed)
+            same("runs of reclaim that the model does not need", model_side.mem.victims, [])
+            compare(model_side, side)
             side.check_invariants()
 
 
@@ -214,7 +295,7 @@ addresses = st.one_of(       # in the arena, or where a VMA starts or ends: ("st
 lengths = st.integers(1, 8).map(lambda pages: pages * PAGE)
 short_lengths = st.integers(1, 3).map(lambda pages: pages * PAGE)
 prots = st.sampled_from([3, 3, 3, 1, 1, 0, 5, 2])
-files = st.integers(0, len(FILE_SIZES) - 1).map(lambda i: ("file", i))
+files = st.integers(0, len(FILES) - 1).map(lambda i: ("file", i))
 all_ops = st.integers(0, 2).map(lambda i: ("ops", i))
 FIXED = model.MAP_FIXED
 
@@ -262,13 +343,15 @@ class Program:
     # --- mapping
 
     @step(2, space=spaces, addr=addresses, length=lengths, prot=prots, populate=st.booleans(),
-          flags=st.sampled_from([FIXED, FIXED, FIXED, 0, model.MAP_FIXED_NOREPLACE]), shared=st.booleans())
+          flags=st.sampled_from([FIXED, FIXED, FIXED, 0, model.MAP_FIXED_NOREPLACE, FIXED | model.MAP_LOCKED]),
+          shared=st.booleans())
     def map_anonymous(self, space, addr, length, prot, populate, flags, shared):
         flags |= model.MAP_ANONYMOUS | (model.MAP_SHARED if shared else model.MAP_PRIVATE)
         self.call(space, "mmap", length, prot, flags | (model.MAP_POPULATE if populate else 0), addr=addr)
 
     @step(3, space=spaces, addr=addresses, length=lengths, prot=prots,
-          extra=st.sampled_from([0, 0, 0, model.MAP_NORESERVE, model.MAP_STACK, model.MAP_POPULATE]))
+          extra=st.sampled_from([0, 0, 0, 0, model.MAP_NORESERVE, model.MAP_STACK, model.MAP_POPULATE, model.MAP_GROWSDOWN,
+                                 model.MAP_LOCKED]))
     def map_private(self, space, addr, length, prot, extra):
         self.call(space, "mmap", length, prot, model.MAP_PRIVATE | model.MAP_ANONYMOUS | FIXED | extra, addr=addr)
 
@@ -283,6 +366,18 @@ class Program:
     def map_anywhere(self, space, length, prot, shared, hint):
         kind = model.MAP_SHARED if shared else model.MAP_PRIVATE
         self.call(space, "mmap", length, prot, kind | model.MAP_ANONYMOUS, addr=hint)
+
+    @step(space=spaces, length=lengths, prot=prots, hint=st.none() | addresses, page=st.integers(0, 3))
+    def map_device(self, space, length, prot, hint, page):
+        self.call(space, "mmap_device", length, DEVICE + page, prot, addr=hint)
+
+    @step(space=spaces, length=lengths, prot=prots, hint=st.none() | addresses)
+    def zeromap(self, space, length, prot, hint):
+        self.call(space, "zeromap", length, prot, addr=hint)
+
+    @step(2, space=spaces, addr=addresses, length=short_lengths, page=st.integers(0, 6))
+    def remap_file_pages(self, space, addr, length, page):
+        self.call(space, "remap_file_pages", addr, length, page)
 
     @step(2, space=spaces, addr=addresses, length=lengths)
     def munmap(self, space, addr, length):
@@ -313,9 +408,17 @@ class Program:
             self.call(space, "touch", addr, write=write)
 
     @step(2, space=spaces, addr=addresses, length=lengths,
-          advice=st.sampled_from([4, 4, 4, 8, 0, 1, 2, 3, 10, 11, 14, 15, 16, 17]))
+          advice=st.sampled_from([4, 4, 4, 8, 8, 0, 1, 2, 3, 9, 9, 10, 11, 14, 15, 16, 17, 18, 19, 20, 21, 21, 22, 23]))
     def madvise(self, space, addr, length, advice):
         self.call(space, "madvise", addr, length, advice)
+
+    @step(2, space=spaces, addr=addresses, length=lengths)
+    def mlock(self, space, addr, length):
+        self.call(space, "mlock", addr, length)
+
+    @step(2, space=spaces, addr=addresses, length=lengths)
+    def munlock(self, space, addr, length):
+        self.call(space, "munlock", addr, length)
 
     @step(space=spaces, addr=addresses, length=lengths, flags=st.sampled_from([4, 1, 0, 6, 5]))
     def msync(self, space, addr, length, flags):
@@ -326,7 +429,7 @@ class Program:
         self.call(space, "mremap", addr, old, new, model.MREMAP_MAYMOVE if move else 0)
 
     @step(4, space=spaces, addr=addresses, length=short_lengths, to=addresses, grow=st.sampled_from([0, 0, PAGE, -PAGE]),
-          flags=st.sampled_from([3, 3, 3, 2]))
+          flags=st.sampled_from([3, 3, 3, 2, 5, 7]))
     def move(self, space, addr, length, to, grow, flags):
         self.call(space, "mremap", addr, length, length + grow, flags, to)
 
@@ -342,7 +445,17 @@ class Program:
         ("mremap", ARENA, PAGE, PAGE, 3, ARENA + 5), ("mremap", ARENA, PAGE, PAGE, 3, model.TASK_SIZE), ("shmdt", ARENA + 1),
         ("register_ops", ("ops", 0), ARENA + 1, PAGE), ("register_ops", ("ops", 0), ARENA, 0), ("brk",), ("brk", 1),
         ("read", 0, 1), ("read", ARENA, 0), ("touch", ARENA, 0), ("mprotect", ARENA, 1, 1), ("munmap", ARENA, 1),
-        ("unregister_ops", ("ops", 0), ARENA + 1, PAGE),
+        ("unregister_ops", ("ops", 0), ARENA + 1, PAGE), ("mlock", ARENA + 1, PAGE), ("mlock", ARENA, 0), ("munlock", ARENA, 0),
+        ("mlock", ARENA, (1 << 64) - PAGE), ("mlock", ARENA, (1 << 64) - 1), ("mprotect", ARENA, 2 * PAGE, 0x01000003),
+        ("mmap", PAGE, 3, 0x121), ("mremap", ARENA, PAGE, PAGE, 5), ("mremap", ARENA, PAGE, 2 * PAGE, 5),
+        ("remap_file_pages", ARENA, 1, 0), ("remap_file_pages", ARENA + 7, PAGE + 7, 1),
+        ("remap_file_pages", ARENA, PAGE, 1 << 52), ("remap_file_pages", ARENA, PAGE, (1 << 64) - 1),
+        ("mmap_device", 0, DEVICE), ("zeromap", 0), ("pin", ARENA + 1, PAGE),
+        ("pin", ARENA, 0), ("read", 1 << 47, 1), ("read", (1 << 47) - 2, 5), ("write", (1 << 64) - 3, b"abcdef"),
+        ("touch", 1 << 63, PAGE), ("touch", (1 << 64) - PAGE, PAGE),
+        ("mmap", PAGE, 3, 1, {"file": ("file", 0), "offset": 1 << 63}),
+        ("madvise", ARENA, PAGE, 22), ("punch_hole", ("file", 0), 0, 0), ("punch_hole", ("file", 0), PAGE, 1 << 60),
+        ("reclaim", 0), ("mmap", PAGE, 3, 0x1022),
     ]))
     def at_the_edges(self, space, call):
         name, *args = call
@@ -364,11 +477,41 @@ class Program:
     def touch(self, space, addr, length, write, offset):
         self.call(space, "touch", plus(addr, offset), length, write=write)
 
-    @step(file=files, offset=st.integers(0, 50), data=st.binary(min_size=1, max_size=8))
+    @step(2, file=files, offset=st.integers(0, 60), data=st.binary(min_size=1, max_size=8))
     def write_file(self, file, offset, data):
-        size = FILE_SIZES[file[1]]
-        offset = offset * PAGE // 10 % size
+        size = self.run.sides[0].files[file[1]].size
+        offset = offset * PAGE // 10 % max(1, size)
         self.call(0, "write_file", file, offset, data[:size - offset])
+
+    @step(2, file=files, pages=st.integers(0, 7), odd=st.sampled_from([0, 0, 1, 100, 4095]))
+    def truncate(self, file, pages, odd):
+        self.call(0, "truncate", file, pages * PAGE + odd)
+
+    @step(file=files, page=st.integers(0, 6), odd=st.sampled_from([0, 0, 1, 4000]), n=st.integers(1, 3 * PAGE) | short_lengths)
+    def punch_hole(self, file, page, odd, n):
+        self.call(0, "punch_hole", file, page * PAGE + odd, n)
+
+    # --- memory pressure
+
+    @step(3, n=st.sampled_from([1, 1, 2, 5, 40]))
+    def reclaim(self, n):
+        self.call(0, "reclaim", n)
+
+    @step(2, space=spaces, addr=addresses, length=short_lengths, write=st.booleans())
+    def pin(self, space, addr, length, write):
+        self.call(space, "pin", addr, length, write=write)
+
+    @step(2, which=st.integers(0, 9))
+    def unpin(self, which):
+        self.call(0, "unpin", which)
+
+    @step(space=spaces, addr=addresses, below=st.integers(1, 5), write=st.booleans())
+    def touch_below(self, space, addr, below, write):
+        self.call(space, "touch", plus(addr, -below * PAGE), write=write)
+
+    @step(space=spaces, addr=addresses, length=lengths, prot=prots)
+    def protect_stack(self, space, addr, length, prot):
+        self.call(space, "mprotect", addr, length, prot | model.PROT_GROWSDOWN)
 
     # --- processes and ops
 
@@ -376,6 +519,15 @@ class Program:
     def fork(self, space):
         if len(self.alive) < SPACES:
             self.call(space, "fork")
+
+    @step(space=spaces)
+    def vfork(self, space):
+        if len(self.alive) < SPACES:
+            self.call(space, "vfork")
+
+    @step(space=spaces)
+    def exec(self, space):
+        self.call(space, "exec")
 
     @step(space=spaces)
     def exit(self, space):
@@ -419,6 +571,8 @@ class Program:
                     self.call(space, "read", vma.start, vma.end - vma.start)
         for _ in self.alive:
             self.call(0, "exit")
+        for _ in self.run.sides[0].pins[:]:
+            self.call(0, "unpin", 0)
 
 
 def failure(implementations, limits, examples, seed_):
