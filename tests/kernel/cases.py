@@ -96,7 +96,8 @@ WIPE, KEEP = FLAG_ADVICE["WIPEONFORK"], FLAG_ADVICE["KEEPONFORK"]
 
 
 def huge(page, pages=1, prot=R | W, kind=PRIVATE | ANONYMOUS | HUGETLB, flags=0, process=0, file=-1, offset=0):
-    return "mmap", process, HUGE_BASE + page * HUGE, int(pages * HUGE), prot, kind | MAP_FIXED | flags, file, int(offset * HUGE)
+    addr, length = int(HUGE_BASE + page * HUGE), int(pages * HUGE)
+    return "mmap", process, addr, length, prot, kind | MAP_FIXED | flags, file, offset * HUGE
 
 
 def on_huge(name, page, pages, *rest, process=0):
@@ -305,7 +306,7 @@ CASES = {
         read(1),
         read(5), read(6), ("write", 0, at(2) + 50, 3), ("punch", 0, 0, PAGE + 100, PAGE), ("read", 0, at(2) + 50),
         ("punch", 0, 0, 0, 0),
-        ("punch", 0, 0, 8 * PAGE, PAGE), ("punch", 0, 0, PAGE, (1 << 64) - PAGE),
+        ("punch", 0, 0, 8 * PAGE, PAGE), ("punch", 0, 0, PAGE, -PAGE),
     ), files=(4 * PAGE,)),
     "MADV_REMOVE": Program((
         of_file(0, 4, kind=SHARED), of_file(4, 4), write(0), write(1), advise(1, 1, REMOVE), read(1), advise(4, 1, REMOVE),

@@ -7,6 +7,7 @@ from kernel.programs import (
     BASE,
     HUGE,
     HUGE_BASE,
+    HUGETLB,
     LOCKED,
     MAX_PROCESSES,
     MREMAP_DONTUNMAP,
@@ -207,7 +208,7 @@ class Modelled:
         numbered = [*enumerate(self.files), *enumerate(self.segments, 2)]
         for v in self.spaces[process].vmas():
             if v.start < self.end and v.end > self.base:
-                file = next((i for i, f in numbered if v.file is f), -2 if v.shared else -1)
+                file = next((i for i, f in numbered if v.file is f), -2 if v.shared or v.flags & HUGETLB else -1)
                 found.append((v.start, v.end, v.offset if file >= 0 else 0, v.prot & 7, int(v.shared), file))
         return found
 
