@@ -423,8 +423,8 @@ class MM(VmaList):
         return vma
 
     def madvise(self, addr, length, advice):
-        visits = {MADV_WILLNEED: None, MADV_DONTNEED: self._dontneed, MADV_FREE: self._free, MADV_REMOVE: self._remove_pages,
-                  MADV_COLD: self._cold, MADV_PAGEOUT: self._pageout}
+        visits = {MADV_WILLNEED: None, MADV_DONTNEED: self._dontneed, MADV_DONTNEED_LOCKED: self._dontneed_locked,
+                  MADV_FREE: self._free, MADV_REMOVE: self._remove_pages, MADV_COLD: self._cold, MADV_PAGEOUT: self._pageout}
         populates = MADV_POPULATE_READ, MADV_POPULATE_WRITE
         if advice not in (*ADVICE, *visits, *populates) or addr % PAGE:
             fail(errno.EINVAL)
@@ -461,7 +461,12 @@ class MM(VmaList):
             fail(errno.EAGAIN)
 
     def _dontneed(self, vma, start, end):
-        if vma.locked or vma.special:
+        if vma.locked:
+            fail(errno.EINVAL)
+        self._dontneed_locked(vma, start, end)
+
+    def _dontneed_locked(self, vma, start, end):
+        if vma.special:
             fail(errno.EINVAL)
         self.fire("invalidate_range", vma, start, end)
         self.zap(start, end)
@@ -594,7 +599,7 @@ class MM(VmaList):
                 fail(errno.EINVAL)
             if len(self.list) + 2 >= self.max_map_count - 3:
                 fail(errno.ENOMEM)      # moving needs room for splits; better to refuse before unmapping
-        if placed and old == new:
+        if flags & MREMAP_FIXED and old == new:
             return self._move_all(old_addr, old, target, flags)
 
         vma = self.find(old_addr) or fail(errno.EFAULT)

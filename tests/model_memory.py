@@ -107,9 +107,9 @@ class Slot:
 
 
 class PhysicalMemory:
-    def __init__(self, frames=65536, swap_slots=0):
+    def __init__(self, frames=65536, swap_slots=0, huge_pages=0):
         self.mem = self
-        self.frames, self.swap_slots = frames, swap_slots
+        self.frames, self.swap_slots, self.huge_pages = frames, swap_slots, huge_pages
         self.used = {}                      # pfn -> Frame, oldest first
         self.slots = set()
         self.zero = Frame(0, counted=False)     # the zero page, never written
