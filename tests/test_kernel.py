@@ -54,9 +54,9 @@ def difference(vm, program, kernel):
 def shrunk(vm, program, executor):
     """Return the difference of the smallest program like this one, or None if it is gone when the program is run again."""
     with machine.Kernel(executor) as kernel:
-        if not difference(vm, program, kernel):
-            return None
-        return difference(vm, shrink(program, lambda smaller: difference(vm, smaller, kernel)), kernel)
+        again = difference(vm, program, kernel)
+        smaller = again and shrink(program, lambda smaller: difference(vm, smaller, kernel))
+        return again and (difference(vm, smaller, kernel) or again)
 
 
 def compare_all(vm, programs, executor, capsys, note=""):

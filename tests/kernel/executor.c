@@ -208,7 +208,8 @@ static void flush_tlb(void)
     mprotect(scratch, 64 * PAGE, PROT_READ | PROT_WRITE);
 }
 
-/* MADV_FREE and mlock leave pages in a batch, with a reference, until the next drain: MADV_COLD makes one. */
+/* MADV_FREE, mlock and the end of locked memory leave pages in a batch, with a reference that makes a write fault copy,
+ * until the next drain: MADV_COLD makes one. */
 static void drain_lru(void)
 {
     madvise(scratch, PAGE, MADV_COLD);
@@ -281,6 +282,7 @@ static int64_t run(const struct op *op, uint32_t *faults)
     const int64_t *a = op->a;
     long r;
 
+    drain_lru();
     switch (op->op) {
     case MMAP:
         r = syscall(SYS_mmap, a[0], a[1], a[2], a[3], a[4] < 0 ? -1 : memfd[a[4]], a[5]);
@@ -296,10 +298,7 @@ static int64_t run(const struct op *op, uint32_t *faults)
         return placed(r, a[2]);
     case MADVISE:
         r = syscall(SYS_madvise, a[0], a[1], a[2]);
-        r = r == -1 ? -errno : r;
-        if (a[2] == MADV_FREE)
-            drain_lru();
-        return r;
+        break;
     case REMAP:
         r = syscall(SYS_remap_file_pages, a[0], a[1], 0, a[2], 0);
         break;
@@ -312,14 +311,10 @@ static int64_t run(const struct op *op, uint32_t *faults)
         return syscall(SYS_brk, a[0]);
     case MLOCK:
         r = syscall(SYS_mlock, a[0], a[1]);
-        r = r == -1 ? -errno : r;
-        drain_lru();
-        return r;
+        break;
     case MUNLOCK:
         r = syscall(SYS_munlock, a[0], a[1]);
-        r = r == -1 ? -errno : r;
-        drain_lru();
-        return r;
+        break;
     case SHMAT:
         r = syscall(SYS_shmat, segment[a[1]], a[0], a[2] ? SHM_RDONLY : 0);
         return placed(r, program.segment_size[a[1]]);
