@@ -18,6 +18,8 @@ from ioproc.vm.page_table cimport *
 from ioproc.vm.vma cimport *
 from ioproc.vm.rmap cimport *
 from ioproc.vm.fire cimport *
+from ioproc.vm.swap cimport *
+from ioproc.vm.reclaim cimport *
 from ioproc.vm.fault cimport *
 from ioproc.vm.zap cimport *
 from ioproc.vm.fork cimport *
@@ -28,7 +30,10 @@ include "vm/merge.pyx"
 include "vm/mmap.pyx"
 include "vm/protect.pyx"
 include "vm/mremap.pyx"
+include "vm/nonlinear.pyx"
+include "vm/device.pyx"
 include "vm/lifecycle.pyx"
+include "vm/pin.pyx"
 include "vm/memory.pyx"
 include "vm/file.pyx"
 include "vm/address_space.pyx"

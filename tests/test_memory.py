@@ -341,10 +341,11 @@ def test_cow_without_a_frame(mem, mm):
 
 
 def test_the_page_cache_without_a_frame(mem, mm):
-    file = ioproc.File(mem, 100 * PAGE)
+    """Dirty shared memory has nowhere else to go where there is no swap."""
+    file = ioproc.File(mem, 100 * PAGE, memfd=True)
     pages(mm, 100, flags=mmap.MAP_SHARED, file=file)
     with pytest.raises(MemoryError):
-        mm.touch(BASE, 100 * PAGE)
+        mm.touch(BASE, 100 * PAGE, write=True)
     with pytest.raises(MemoryError):
         file.write(0, b"x" * 100 * PAGE)
     assert file.read(0, 100 * PAGE) == b"x" * 64 * PAGE + bytes(36 * PAGE)

@@ -42,6 +42,7 @@ typedef struct ioproc_vma {
 #define IOPROC_PTE_USER 0x4u /* clear: PROT_NONE */
 #define IOPROC_PTE_YOUNG 0x20u
 #define IOPROC_PTE_DIRTY 0x40u
+#define IOPROC_PTE_SPECIAL 0x100u   /* device memory: the frame number is the device's */
 #define IOPROC_PTE_ZERO 0x200u      /* the shared zero page */
 #define IOPROC_PTE_EXCLUSIVE 0x400u /* an anonymous page of this address space alone */
 #define IOPROC_PTE_PFN_SHIFT 12

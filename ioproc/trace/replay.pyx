@@ -345,7 +345,7 @@ cdef int replay_fault(Replay *replay, Space *space, const Event *event, bint *ou
         if pte_allows(pte[0], write):
             return PRESENT
     replay.batch.wanted = BATCH
-    why = fault(mm, vma, addr, &leaf, write, &replay.batch)
+    why = fault_or_reclaim(mm, vma, addr, &leaf, write, &replay.batch)
     if why == ACCESS_OOM:
         out_of_memory[0] = True
     return BEYOND if why == ACCESS_BUS else AGREES

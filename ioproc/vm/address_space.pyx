@@ -50,9 +50,9 @@ cdef class VMA:
     flags : int
         ``mmap.MAP_PRIVATE`` or ``MAP_SHARED``, with ``MAP_ANONYMOUS`` where it applies.
     file : File or None
-        None for anonymous memory, private or shared.
+        None for anonymous memory, private or shared, and for device memory, which is shared and not anonymous.
     offset : int
-        Of `start` in the file, bytes; 0 for private anonymous memory.
+        Of `start` in the file, bytes; 0 for private anonymous memory; the physical address for device memory.
     shared : bool
     """
     cdef readonly object start
@@ -77,7 +77,8 @@ cdef class VMA:
 
     def __repr__(self):
         letters = "".join(letter if self.prot & bit else "-" for letter, bit in zip("rwx", (1, 2, 4)))
-        kind = "anonymous" if self.file is None else f"{self.file!r} at {self.offset:#x}"
+        what = "device memory" if self.file is None else repr(self.file)
+        kind = "anonymous" if self.flags & MAP_ANONYMOUS else f"{what} at {self.offset:#x}"
         return f"<ioproc.VMA {self.start:#x}-{self.end:#x} {letters}{'s' if self.shared else 'p'} {kind}>"
 
 
@@ -93,7 +94,7 @@ cdef VMA vma_face(const VMArea *vma):
         face.offset = vma.pgoff << PAGE_SHIFT
     if vma.file == NULL or vma.file.anonymous:
         face.flags |= MAP_ANONYMOUS
-    else:
+    elif not vma.flags & VM_PFNMAP:
         face.file = face_of(vma.file)
         if face.file is None:
             face.file = file_face(vma.file, (<AddressSpace> vma.mm.face).mem)
@@ -157,8 +158,10 @@ cdef void pagemap_fill(MM *mm, u64 start, u64 pages, PageRow *rows) noexcept nog
                 row.dirty = pte & PTE_DIRTY != 0
                 row.young = pte & PTE_YOUNG != 0
                 row.zero = pte & PTE_ZERO != 0
-                if not row.zero:
+                row.swapped = pte & PTE_SWAP != 0
+                if row.present and not row.zero:
                     row.pfn = pte_pfn(pte)
+                if not pte & PTE_UNCOUNTED:
                     row.shared = mapcount_of(atomic_load(&frame_at(mm.mem, row.pfn).counts)) > 1
             addr += PAGE_SIZE
 
@@ -202,6 +205,8 @@ cdef class AddressSpace:
         Where the heap begins.
     rlimits : dict, optional
         Bytes, by name: ``"AS"``, ``"DATA"``; missing: unlimited.
+    nonlinear : bool
+        `remap_file_pages` as in Linux 2.6.12.
     """
     cdef MM *mm
     cdef readonly PhysicalMemory mem
@@ -209,7 +214,8 @@ cdef class AddressSpace:
     cdef int looking            # looks of the thread that already had the lock
     cdef object __weakref__
 
-    def __cinit__(self, PhysicalMemory mem not None, *, max_map_count=65530, start_brk=0x555555756000, rlimits=None):
+    def __cinit__(self, PhysicalMemory mem not None, *, max_map_count=65530, start_brk=0x555555756000, rlimits=None,
+                  nonlinear=False):
         cdef u64 count = as_u64(max_map_count, "max_map_count")
         cdef u64 brk = as_u64(start_brk, "start_brk")
         cdef dict limits = dict(rlimits or {})
@@ -225,6 +231,7 @@ cdef class AddressSpace:
         self.mm.brk = brk
         self.mm.limit_as = limit_as
         self.mm.limit_data = limit_data
+        self.mm.nonlinear = nonlinear
 
     cdef int adopt(self, PhysicalMemory mem, MM *mm) except -1:
         if mm == NULL:
@@ -342,6 +349,66 @@ cdef class AddressSpace:
             raise syscall_error(result, "mmap")
         return result
 
+    def mmap_device(self, length, pfn, prot=_mmap.PROT_READ | _mmap.PROT_WRITE, *, addr=None):
+        """
+        Map device memory, as a driver's mmap does with remap_pfn_range: shared, all entries present at once;
+        ``invalidate_range`` for the range, then ``update_range``.
+
+        Such a mapping never merges, grows or becomes resident; fork copies its entries.  MADV_DONTNEED is EINVAL, mlock
+        passes over it.  Device memory keeps what is written to it, whoever maps it.
+
+        Parameters
+        ----------
+        length : int
+            Bytes, rounded up to pages.
+        pfn : int
+            The device's first page frame number, above those of `mem` and below 2**36.
+        prot : int
+        addr : int, optional
+            A hint.
+
+        Returns
+        -------
+        int
+            The address.
+        """
+        cdef u64 at = 0 if addr is None else as_u64(addr, "addr")
+        cdef u64 bytes_ = as_u64(length, "length")
+        cdef u64 first = as_u64(pfn, "pfn")
+        cdef u64 protection = as_u64(prot, "prot")
+        cdef i64 result
+        if first <= self.mm.mem.nframes or first >= 1ULL << 36 or bytes_ > (1ULL << 48) - (first << PAGE_SHIFT):
+            raise ValueError(f"pfn = {pfn}: a device's are above {self.mm.mem.nframes} and below 2**36")
+        self.enter()
+        with nogil:
+            result = mm_mmap_device(self.mm, at, bytes_, protection, first)
+        self.leave()
+        if result < 0:
+            raise syscall_error(result, "mmap_device")
+        return result
+
+    def zeromap(self, length, prot=_mmap.PROT_READ | _mmap.PROT_WRITE, *, addr=None):
+        """
+        Map private anonymous memory with the zero page everywhere at once, as Linux 2.6.12 did for a private mapping of
+        /dev/zero: ``invalidate_range`` for the range, then ``update_range``.  A later write copies.
+
+        Returns
+        -------
+        int
+            The address; `addr` is a hint.
+        """
+        cdef u64 at = 0 if addr is None else as_u64(addr, "addr")
+        cdef u64 bytes_ = as_u64(length, "length")
+        cdef u64 protection = as_u64(prot, "prot")
+        cdef i64 result
+        self.enter()
+        with nogil:
+            result = mm_zeromap(self.mm, at, bytes_, protection)
+        self.leave()
+        if result < 0:
+            raise syscall_error(result, "zeromap")
+        return result
+
     def munmap(self, addr, length):
         """Unmap [addr, addr + length): one ``invalidate_range`` for the whole, if anything is mapped there."""
         cdef u64 at = as_u64(addr, "addr")
@@ -433,6 +500,30 @@ cdef class AddressSpace:
         if result < 0:
             raise syscall_error(result, "mremap with MREMAP_DONTUNMAP")
         return result
+
+    def remap_file_pages(self, addr, length, page_offset):
+        """
+        Show other pages of a shared mapping's file in [addr, addr + length), rounded down to pages.
+
+        Today's kernel maps the range anew, and so does this: ``invalidate_range``, then ``update_page`` as the pages are
+        populated.  An address space made with ``nonlinear=True`` does as 2.6.12 did: the VMA stays whole, and page by page
+        ``invalidate_page`` fires if one was present, then ``update_page``.
+
+        Parameters
+        ----------
+        page_offset : int
+            The file's page that `addr` is to show.
+        """
+        cdef u64 at = as_u64(addr, "addr")
+        cdef u64 bytes_ = as_u64(length, "length")
+        cdef u64 first = as_u64(page_offset, "page_offset")
+        cdef int error
+        self.enter()
+        with nogil:
+            error = mm_remap_file_pages(self.mm, at, bytes_, first)
+        self.leave()
+        if error:
+            raise syscall_error(error, "remap_file_pages")
 
     def brk(self, addr=None):
         """Move the end of the heap; None only asks.  Returns it: unchanged where the kernel would refuse."""
@@ -741,25 +832,26 @@ cdef class AddressSpace:
     @property
     def stats(self):
         """
-        dict: ``faults`` and their kinds (``faults_zero _anon _file _reuse _cow``), ``map_count``, ``total_pages``,
-        ``rss_pages``; ``hooks`` (chains walked) and ``callbacks`` (run), by callback name; ``chain_nodes`` visited.
+        dict: ``faults`` and their kinds (``faults_zero _anon _file _reuse _cow _swap``), ``map_count``, ``total_pages``,
+        ``rss_pages``, ``swap_pages``; ``hooks`` (chains walked) and ``callbacks`` (run), by callback name; ``chain_nodes`` visited.
         Hooks are counted only where a chain exists.
         """
         cdef FaultCounts faults
         cdef HookCounts hooks
-        cdef u64 map_count, total_pages, rss
+        cdef u64 map_count, total_pages, rss, swapped
         self.look_begin()
         faults = self.mm.faults
         hooks = self.mm.hooks
         map_count = self.mm.map_count
         total_pages = self.mm.total_pages
         rss = self.mm.rss
+        swapped = self.mm.swapped
         self.look_end()
         return {
-            "faults": faults.zero + faults.anon + faults.file + faults.reuse + faults.cow,
+            "faults": faults.zero + faults.anon + faults.file + faults.reuse + faults.cow + faults.swap,
             "faults_zero": faults.zero, "faults_anon": faults.anon, "faults_file": faults.file,
-            "faults_reuse": faults.reuse, "faults_cow": faults.cow,
-            "map_count": map_count, "total_pages": total_pages, "rss_pages": rss,
+            "faults_reuse": faults.reuse, "faults_cow": faults.cow, "faults_swap": faults.swap,
+            "map_count": map_count, "total_pages": total_pages, "rss_pages": rss, "swap_pages": swapped,
             "hooks": hook_dict(hooks.walks), "callbacks": hook_dict(hooks.callbacks), "chain_nodes": hooks.cells,
         }
 
@@ -786,13 +878,13 @@ cdef int mm_copy(MM *mm, u64 addr, char *data, u64 count, bint write, u64 *compl
         if why:
             break
         if write:
-            contents = frame_contents(mm.mem, pte_pfn(pte[0]))
+            contents = page_contents(mm.mem, pte[0], True)
             if contents == NULL:
                 why = ACCESS_OOM
                 break
             memcpy(contents + offset, data, part)
         else:
-            contents = NULL if pte[0] & PTE_ZERO else frame_at(mm.mem, pte_pfn(pte[0])).contents
+            contents = page_contents(mm.mem, pte[0], False)
             if contents != NULL:
                 memcpy(data, contents + offset, part)
             else:
@@ -802,6 +894,15 @@ cdef int mm_copy(MM *mm, u64 addr, char *data, u64 count, bint write, u64 *compl
         completed[0] += part
     batch_end(&batch)
     return why
+
+
+cdef char *page_contents(Memory *mem, u64 pte, bint write) noexcept nogil:
+    """The buffer of a present page, made for the first write; NULL: zeros, or no memory to write to."""
+    if pte & PTE_SPECIAL:
+        return device_contents(mem, pte_pfn(pte), write)
+    if write:
+        return frame_contents(mem, pte_pfn(pte))
+    return NULL if pte & PTE_ZERO else frame_at(mem, pte_pfn(pte)).contents
 
 
 cdef char *frame_contents(Memory *mem, u64 pfn) noexcept nogil:

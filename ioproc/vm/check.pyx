@@ -1,22 +1,36 @@
 # The invariants of docs/vm.md, checked: for the tests.
 
-cdef const char *treap_broken(const VMArea *vma, u64 *count) noexcept nogil:
-    """NULL, or what is wrong at or below `vma`."""
-    cdef const char *reason = NULL
-    if vma == NULL:
-        return NULL
-    count[0] += 1
-    if vma.left != NULL:
-        if vma.left.parent != vma or vma.left.start >= vma.start or vma.left.priority > vma.priority:
-            return "treap: left child"
-        reason = treap_broken(vma.left, count)
-    if reason == NULL and vma.right != NULL:
-        if vma.right.parent != vma or vma.right.start <= vma.start or vma.right.priority > vma.priority:
-            return "treap: right child"
-        reason = treap_broken(vma.right, count)
-    if reason == NULL and vma.max_gap != vma_max_gap(vma):
-        return "treap: largest gap"
-    return reason
+cdef const char *tree_broken(const MM *mm, const Node *node, u64 level, const VMArea **at) noexcept nogil:
+    """NULL, or what is wrong at or below `node`, whose VMAs are those from *at on; *at moves behind them."""
+    cdef const char *reason
+    cdef const VMArea *vma
+    cdef const Node *child
+    cdef u64 i
+    if node.n > NODE_ENTRIES or (node != mm.tree and node.n < NODE_FEW) or (node == mm.tree and level and node.n < 2):
+        return "tree: entries of a node"
+    for i in range(node.n, <u64> NODE_ENTRIES + 1):
+        if node.entry[i].end != UINT64_MAX or node.entry[i].child != NULL:
+            return "tree: an entry that is not used"
+    for i in range(node.n):
+        if level == 0:
+            vma = at[0]
+            if vma == NULL or node.entry[i].child != vma:
+                return "tree: not the VMAs of the list"
+            if node.entry[i].end != vma.end:
+                return "tree: end"
+            if node.gap[i] != vma_gap(vma):
+                return "tree: gap"
+            at[0] = vma.next
+        else:
+            child = <const Node *> node.entry[i].child
+            reason = tree_broken(mm, child, level - 1, at)
+            if reason != NULL:
+                return reason
+            if node.entry[i].end != node_end(child):
+                return "tree: end of a node"
+            if node.gap[i] != node_gap(child):
+                return "tree: largest gap"
+    return NULL
 
 
 cdef const char *vmas_broken(MM *mm) noexcept nogil:
@@ -33,8 +47,6 @@ cdef const char *vmas_broken(MM *mm) noexcept nogil:
             return "VMA list"
         if prev != NULL and prev.end > vma.start:
             return "VMAs overlap"
-        if vma.gap != vma.start - (prev.end if prev != NULL else 0):
-            return "gap"
         if (vma.anon == NULL) != (vma.anon_links == NULL):
             return "anon_vma without links"
         link = vma.anon_links
@@ -55,17 +67,21 @@ cdef const char *vmas_broken(MM *mm) noexcept nogil:
         vma = vma.next
     if mm.last != prev or count != mm.map_count or total != mm.total_pages or data != mm.data_pages:
         return "sums over the VMAs"
-    count = 0
-    reason = treap_broken(mm.tree, &count)
-    if reason == NULL and count != mm.map_count:
-        return "treap: VMAs missing"
+    if mm.made != count or mm.nspare < tree_reserve_size(mm, 0):
+        return "reserve of nodes"
+    vma = mm.first
+    reason = tree_broken(mm, mm.tree, mm.height - 1, &vma)
+    if reason == NULL and vma != NULL:
+        return "tree: VMAs missing"
     return reason
 
 
-cdef const char *tables_broken(MM *mm, u32 *mapped) noexcept nogil:
-    """Counts each frame's entries into mapped[], if that is not NULL."""
+cdef const char *tables_broken(MM *mm, u32 *mapped, u32 *slots) noexcept nogil:
+    """Counts each frame's entries into mapped[] and each swap slot's into slots[], if those are not NULL."""
     cdef u64 addr = 0
-    cdef u64 used, i, pte, stop, rss = 0
+    cdef u64 used, i, pte, stop
+    cdef u64 rss = 0
+    cdef u64 swapped = 0
     cdef const VMArea *vma = mm.first
     cdef Table *leaf
     while True:
@@ -81,11 +97,19 @@ cdef const char *tables_broken(MM *mm, u32 *mapped) noexcept nogil:
                     vma = vma.next
                 if vma == NULL or vma.start > addr + i * PAGE_SIZE:
                     return "an entry outside every VMA"
+                if pte & PTE_PRESENT and pte & PTE_SWAP:
+                    return "an entry present and swapped"
+                if not pte & (PTE_PRESENT | PTE_SWAP) and not vma.flags & VM_NONLINEAR:
+                    return "an entry neither present nor swapped"
                 if pte & PTE_WRITE and not vma.flags & VM_WRITE:
                     return "an entry with more rights than its VMA"
                 if pte & PTE_WRITE and not vma.flags & VM_SHARED and not pte & PTE_EXCLUSIVE:
                     return "a private page writable and not exclusive"
-                if not pte & PTE_ZERO:
+                if pte & PTE_SWAP:
+                    swapped += 1
+                    if slots != NULL:
+                        slots[pte_pfn(pte)] += 1
+                elif not pte & PTE_UNCOUNTED:
                     rss += 1
                     if mapped != NULL:
                         mapped[pte_pfn(pte)] += 1
@@ -94,6 +118,8 @@ cdef const char *tables_broken(MM *mm, u32 *mapped) noexcept nogil:
         addr = stop
     if rss != mm.rss:
         return "rss"
+    if swapped != mm.swapped:
+        return "swap entries"
     return NULL
 
 
@@ -104,7 +130,7 @@ def check_space(AddressSpace space not None):
     with nogil:
         reason = vmas_broken(space.mm)
         if reason == NULL:
-            reason = tables_broken(space.mm, NULL)
+            reason = tables_broken(space.mm, NULL, NULL)
     space.look_end()
     if reason != NULL:
         raise AssertionError(reason.decode())
@@ -117,15 +143,17 @@ def check_memory(PhysicalMemory memory not None, spaces):
     """
     cdef Memory *mem = memory.mem
     cdef u32 *mapped = <u32 *> calloc(mem.nframes + 1, sizeof(u32))
+    cdef u32 *slots = <u32 *> calloc(mem.nslots + 1, sizeof(u32))
     cdef AddressSpace space
     cdef const char *reason = NULL
-    cdef u64 pfn
+    cdef u64 pfn, number
     cdef u64 used = 0
-    if mapped == NULL:
-        raise MemoryError("check_memory")
+    cdef u64 swap_used = 0
     try:
+        if mapped == NULL or slots == NULL:
+            raise MemoryError("check_memory")
         for space in spaces:
-            reason = tables_broken(space.mm, mapped)
+            reason = tables_broken(space.mm, mapped, slots)
             if reason != NULL:
                 raise AssertionError(reason.decode())
         for pfn in range(1, mem.nframes + 1):
@@ -133,11 +161,47 @@ def check_memory(PhysicalMemory memory not None, spaces):
                 raise AssertionError(f"frame {pfn}: counts {mapcount_of(mem.frames[pfn].counts)} mappings, has {mapped[pfn]}")
             if mem.frames[pfn].counts:
                 used += 1
-                if mem.frames[pfn].owner == 0:
-                    raise AssertionError(f"frame {pfn}: in use without an owner")
+                if mem.frames[pfn].owner == 0 and mapped[pfn]:
+                    raise AssertionError(f"frame {pfn}: mapped without an owner")
             elif mem.frames[pfn].contents != NULL:
                 raise AssertionError(f"frame {pfn}: free with contents")
         if used != mem.nframes - mem.nfree or mem.nfree != mem.nreturned + mem.nframes + 1 - mem.fresh:
             raise AssertionError(f"{used} frames used, {mem.nfree} free of {mem.nframes}")
+        for number in range(1, mem.nslots + 1):
+            slot = mem.slots[number]
+            swap_used += slot.count != 0
+            # a page cache's is the one that no entry refers to
+            if slot.count != slots[number] and not (slot.count == 1 and slots[number] == 0):
+                raise AssertionError(f"swap slot {number}: counts {slot.count} entries, has {slots[number]}")
+            if slot.count == 0 and (slot.contents != NULL or slot.pfn):
+                raise AssertionError(f"swap slot {number}: free with contents")
+            if slot.pfn and mem.slot_of[slot.pfn] != number:
+                raise AssertionError(f"swap slot {number}: its frame {slot.pfn} does not know")
+        if swap_used != mem.swap_used or mem.swap_used != mem.fresh_slot - 1 - mem.nfree_slots:
+            raise AssertionError(f"{swap_used} swap slots used, not {mem.swap_used}")
     finally:
         free(mapped)
+        free(slots)
+
+
+def find_vmas(AddressSpace space not None, const u64[::1] addresses, bint dependent=False):
+    """
+    How many of the addresses are in a VMA: one look-up in the tree each.  `dependent`: one look-up only starts when the one
+    before it is done, as far as the processor is concerned.
+    """
+    cdef MM *mm = space.mm
+    cdef const VMArea *vma
+    cdef u64 found = 0
+    cdef u64 wait = 0
+    cdef Py_ssize_t i
+    space.look_begin()
+    with nogil:
+        for i in range(addresses.shape[0]):
+            mm.cached = NULL
+            vma = vma_at(mm, addresses[i] + wait)
+            if vma != NULL:
+                found += 1
+                if dependent:
+                    wait = vma.flags >> 63
+    space.look_end()
+    return found

@@ -3,13 +3,17 @@ from libc.stdint cimport uint64_t as u64
 from ioproc.hooks.chain cimport INVALIDATE_PAGE, UPDATE_PAGE, likely, unlikely
 from ioproc.vm.fire cimport fire_page
 from ioproc.vm.frames cimport (
-    ONE_REFERENCE, Frame, FrameBatch, batch_free, batch_take, frame_at, frame_copy_contents, frame_unmap, pool_take)
+    ONE_REFERENCE, Frame, FrameBatch, batch_free, batch_put_back, batch_take, frame_at, frame_copy_contents, frame_put,
+    frame_unmap, mapcount_of, pool_take)
 from ioproc.vm.mm cimport (
-    MM, PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, PTE_DIRTY, PTE_EXCLUSIVE, PTE_PRESENT, PTE_USER, PTE_WRITE, PTE_YOUNG, PTE_ZERO,
-    VM_ACCESS, VM_SHARED, VM_WRITE, AnonVMA, FileCache, Memory, Table, VMArea, atomic_add, atomic_load, atomic_store, check,
-    page_align, pthread_mutex_lock, pthread_mutex_unlock, vma_index)
+    MM, OWNER_ANON, OWNER_DIRTY, PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, PTE_DIRTY, PTE_EXCLUSIVE, PTE_PRESENT, PTE_SPECIAL,
+    PTE_SWAP, PTE_USER, PTE_WRITE, PTE_YOUNG, PTE_ZERO, VM_ACCESS, VM_LOCKED, VM_SHARED, VM_WRITE, AnonVMA, FileCache, Memory,
+    Slot, Table, VMArea, atomic_add, atomic_load, atomic_store, check, page_align, pthread_mutex_lock, pthread_mutex_unlock,
+    vma_index)
 from ioproc.vm.page_table cimport leaf_drop, leaf_end, leaf_find, leaf_make, pte_set, table_index
-from ioproc.vm.rmap cimport anon_is_singular, anon_join, anon_new
+from ioproc.vm.reclaim cimport RECLAIM_TRIES, reclaim_some
+from ioproc.vm.rmap cimport anon_is_singular, anon_join, anon_new, anon_root
+from ioproc.vm.swap cimport CACHE_DISK, CACHE_SLOT, cache_pfn, slot_cache, slot_copy, slot_put
 from ioproc.vm.vma cimport vma_find
 
 # Why an access failed; positive, so that it never meets an errno's negative.
@@ -65,7 +69,7 @@ cdef inline bint anon_prepare(VMArea *vma) noexcept nogil:
 cdef inline void frame_own(Frame *frame, VMArea *vma, u64 addr) noexcept nogil:
     """A frame mapped once, by an anonymous page of `vma`."""
     atomic_store(&frame.index, vma_index(vma, addr))
-    atomic_store(&frame.owner, <u64> vma.anon | 1)
+    atomic_store(&frame.owner, <u64> vma.anon | OWNER_ANON)
 
 
 cdef inline u64 file_page(FileCache *file, u64 index, FrameBatch *batch) noexcept nogil:
@@ -74,13 +78,14 @@ cdef inline u64 file_page(FileCache *file, u64 index, FrameBatch *batch) noexcep
     memory.  Memory.lock is held.
     """
     cdef Table *leaf = leaf_make(file.pages, index << PAGE_SHIFT)
-    cdef u64 slot = index & 511
-    cdef u64 pfn
+    cdef u64 at = index & 511
+    cdef u64 pfn, entry
     cdef Frame *frame
     if leaf == NULL:
         return 0
-    if leaf.entry[slot]:
-        return leaf.entry[slot]
+    entry = leaf.entry[at]
+    if cache_pfn(entry):
+        return entry
     if batch != NULL and batch.n:
         pfn = batch_take(batch)
     else:
@@ -90,10 +95,26 @@ cdef inline u64 file_page(FileCache *file, u64 index, FrameBatch *batch) noexcep
         return 0
     frame = &file.mem.frames[pfn]
     frame.counts = ONE_REFERENCE
+    atomic_store(&frame.index, index)
     atomic_store(&frame.owner, <u64> file)
-    frame.index = index
-    pte_set(leaf, slot, pfn)
+    if entry == 0:
+        pte_set(leaf, at, pfn)
+        return pfn
+    if entry & CACHE_SLOT:                  # what comes from swap is nowhere else from now on
+        frame_from_slot(file.mem, entry & ~CACHE_SLOT, frame)
+        atomic_store(&frame.owner, <u64> file | OWNER_DIRTY)
+    else:
+        frame.contents = <char *> (entry & ~CACHE_DISK)
+    leaf.entry[at] = pfn
     return pfn
+
+
+cdef inline void frame_from_slot(Memory *mem, u64 slot, Frame *frame) noexcept nogil:
+    """The slot's only user takes its contents.  Memory.lock is held."""
+    frame.contents = mem.slots[slot].contents
+    mem.slots[slot].contents = NULL
+    slot_put(mem, slot)
+    mem.reclaim.swapped_in += 1
 
 
 cdef inline u64 vma_pte_bits(const VMArea *vma) noexcept nogil:
@@ -132,44 +153,60 @@ cdef inline int fault_anonymous(MM *mm, VMArea *vma, u64 addr, Table *leaf, bint
     return ACCESS_OK
 
 
-cdef inline int fault_file(MM *mm, VMArea *vma, u64 addr, Table *leaf, bint write, FrameBatch *batch) noexcept nogil:
+cdef inline int fault_file(MM *mm, VMArea *vma, u64 addr, u64 index, Table *leaf, bint write, FrameBatch *batch) noexcept nogil:
     cdef Memory *mem = mm.mem
     cdef FileCache *file = vma.file
-    cdef u64 index = vma_index(vma, addr)
     cdef u64 bits = PTE_YOUNG | vma_pte_bits(vma)
     cdef bint copy = write and not vma.flags & VM_SHARED
-    cdef u64 pfn, page
+    cdef u64 pfn = 0
+    cdef u64 page
     cdef Frame *frame
+    cdef bint beyond
+    cdef bint done = True
     if copy and not anon_prepare(vma):      # even if the fault fails below: fork and merging will see it
         return ACCESS_OOM
-    if index >= page_align(file.size) >> PAGE_SHIFT:
-        return ACCESS_BUS
-    pthread_mutex_lock(&mem.lock)
-    page = file_page(file, index, batch)
-    if page != 0 and not copy:
-        atomic_add(&mem.frames[page].counts, 1)
-    pthread_mutex_unlock(&mem.lock)
-    if page == 0:
-        return ACCESS_OOM
-    pfn = page
     if copy:                                # a write to a private mapping copies early: the page is never mapped
         pfn = batch_take(batch)
         if pfn == 0:
-            return ACCESS_OOM
+            return ACCESS_BUS if index >= page_align(atomic_load(&file.size)) >> PAGE_SHIFT else ACCESS_OOM
+    pthread_mutex_lock(&mem.lock)
+    beyond = index >= page_align(file.size) >> PAGE_SHIFT
+    page = 0 if beyond else file_page(file, index, batch)
+    if page != 0 and copy:                  # under the lock: nobody reclaims the page meanwhile
+        done = frame_copy_contents(frame_at(mem, pfn), frame_at(mem, page))
+    elif page != 0:
+        atomic_add(&mem.frames[page].counts, 1)
+    pthread_mutex_unlock(&mem.lock)
+    if page == 0 or not done:
+        if pfn:
+            batch_put_back(batch, pfn)
+        return ACCESS_BUS if beyond else ACCESS_OOM
+    if copy:
         frame = frame_at(mem, pfn)
-        if not frame_copy_contents(frame, frame_at(mem, page)):
-            batch_free(batch, pfn)
-            return ACCESS_OOM
         frame.counts = 1
         frame_own(frame, vma, addr)
         bits |= PTE_WRITE | PTE_DIRTY | PTE_EXCLUSIVE
     elif vma.flags & VM_SHARED and vma.flags & VM_WRITE:
         bits |= PTE_WRITE | (PTE_DIRTY if write else 0)
+    if not copy:
+        pfn = page
     pte_set(leaf, table_index(addr, 0), pte_make(pfn, bits))
     mm.rss += 1
     mm.faults.file += 1
     fire_page(mm, UPDATE_PAGE, vma, addr)
     return ACCESS_OK
+
+
+cdef inline int fault_nonlinear(MM *mm, VMArea *vma, u64 addr, Table *leaf, bint write, FrameBatch *batch) noexcept nogil:
+    """The entry says which page of the file belongs here."""
+    cdef u64 kept = leaf.entry[table_index(addr, 0)]
+    cdef int result
+    leaf.entry[table_index(addr, 0)] = 0
+    leaf.used -= 1
+    result = fault_file(mm, vma, addr, pte_pfn(kept), leaf, write, batch)
+    if result != ACCESS_OK:
+        pte_set(leaf, table_index(addr, 0), kept)
+    return result
 
 
 cdef inline int fault_write_protect(MM *mm, VMArea *vma, u64 addr, u64 *pte, FrameBatch *batch) noexcept nogil:
@@ -208,14 +245,84 @@ cdef inline int fault_write_protect(MM *mm, VMArea *vma, u64 addr, u64 *pte, Fra
     return ACCESS_OK
 
 
+cdef inline int fault_swap(MM *mm, VMArea *vma, u64 addr, u64 *pte, bint write, FrameBatch *batch) noexcept nogil:
+    """
+    The page comes back: to the frame that the swap cache still has, else to a new one.  A write to a page that others may
+    still want goes to a copy at once, with the hooks of a copy.
+    """
+    cdef Memory *mem = mm.mem
+    cdef u64 number = pte_pfn(pte[0])
+    cdef AnonVMA *anon
+    cdef Slot *slot = &mem.slots[number]
+    cdef u64 exclusive = pte[0] & PTE_EXCLUSIVE
+    cdef u64 fresh = batch_take(batch)
+    cdef u64 pfn = fresh
+    cdef u64 uncached = 0
+    cdef u64 bits = PTE_YOUNG | vma_pte_bits(vma)
+    cdef bint copy
+    cdef bint done = True
+    cdef Frame *frame
+    pthread_mutex_lock(&mem.lock)
+    if vma.flags & VM_LOCKED and slot.count == 1 and slot.pfn == 0:
+        exclusive = PTE_EXCLUSIVE           # locked memory leaves nothing in swap, and so is found to be ours alone
+    copy = write and not exclusive and (slot.count > 1 or slot.pfn != 0)
+    if slot.pfn and not copy:
+        pfn = slot.pfn
+        atomic_add(&mem.frames[pfn].counts, 1)
+        uncached = slot_put(mem, number)
+    elif pfn == 0:
+        done = False
+    else:
+        frame = frame_at(mem, pfn)
+        if slot.count == 1:
+            frame_from_slot(mem, number, frame)
+            frame.counts = 1
+        elif slot_copy(mem, number, frame):
+            mem.reclaim.swapped_in += 1
+            frame.counts = 1
+            if not copy:
+                slot_cache(mem, number, pfn)
+                slot_put(mem, number)
+        else:
+            done = False
+        # not ours alone: whose page it was is forgotten, but the oldest AnonVMA finds every mapping it can have
+        anon = vma.anon if write or exclusive else anon_root(vma.anon)
+        atomic_store(&frame.index, vma_index(vma, addr))
+        atomic_store(&frame.owner, <u64> anon | OWNER_ANON | OWNER_DIRTY)
+    pthread_mutex_unlock(&mem.lock)
+    if fresh and (not done or pfn != fresh):
+        batch_put_back(batch, fresh)
+    if not done:
+        return ACCESS_OOM
+    if copy:
+        fire_page(mm, INVALIDATE_PAGE, vma, addr)
+        pthread_mutex_lock(&mem.lock)
+        uncached = slot_put(mem, number)
+        pthread_mutex_unlock(&mem.lock)
+    if uncached:
+        frame_put(batch, uncached)
+    if write or exclusive:                  # ours alone, now
+        bits |= PTE_EXCLUSIVE | (PTE_WRITE if vma.flags & VM_WRITE else 0) | (PTE_DIRTY if write else 0)
+    pte[0] = pte_make(pfn, bits)
+    mm.rss += 1
+    mm.swapped -= 1
+    mm.faults.swap += 1
+    fire_page(mm, UPDATE_PAGE, vma, addr)
+    return ACCESS_OK
+
+
 cdef inline int fault_page(MM *mm, VMArea *vma, u64 addr, Table *leaf, bint write, FrameBatch *batch) noexcept nogil:
     """One page fault at `addr` (page aligned) in `vma`, which allows the access.  Unless ACCESS_OK the page is as before."""
     cdef u64 *pte = &leaf.entry[table_index(addr, 0)]
     if pte[0] & PTE_PRESENT:
         return fault_write_protect(mm, vma, addr, pte, batch)
+    if unlikely(pte[0] != 0):
+        if pte[0] & PTE_SWAP:
+            return fault_swap(mm, vma, addr, pte, write, batch)
+        return fault_nonlinear(mm, vma, addr, leaf, write, batch)
     if vma.file == NULL:
         return fault_anonymous(mm, vma, addr, leaf, write, batch)
-    return fault_file(mm, vma, addr, leaf, write, batch)
+    return fault_file(mm, vma, addr, vma_index(vma, addr), leaf, write, batch)
 
 
 cdef inline int fault(MM *mm, VMArea *vma, u64 addr, Table **leaf, bint write, FrameBatch *batch) noexcept nogil:
@@ -232,6 +339,17 @@ cdef inline int fault(MM *mm, VMArea *vma, u64 addr, Table **leaf, bint write, F
     return result
 
 
+cdef inline int fault_or_reclaim(MM *mm, VMArea *vma, u64 addr, Table **leaf, bint write, FrameBatch *batch) noexcept nogil:
+    """`fault` that takes frames back where there is none left."""
+    cdef int result = fault(mm, vma, addr, leaf, write, batch)
+    cdef int tries = RECLAIM_TRIES
+    while unlikely(result == ACCESS_OOM) and tries and reclaim_some(mm.mem):
+        tries -= 1
+        leaf[0] = leaf_find(mm.root, addr)
+        result = fault(mm, vma, addr, leaf, write, batch)
+    return result
+
+
 cdef inline int access_page(MM *mm, u64 addr, bint write, FrameBatch *batch, u64 **pte) noexcept nogil:
     """One access to the page of `addr`: *pte is its entry, with the accessed and dirty bits set.  0, or why not."""
     cdef Table *leaf = leaf_find(mm.root, addr)
@@ -242,7 +360,7 @@ cdef inline int access_page(MM *mm, u64 addr, bint write, FrameBatch *batch, u64
         vma = vma_find(mm, addr)
         if vma == NULL or addr < vma.start or not vma_allows(vma, write):
             return ACCESS_SEGV
-        result = fault(mm, vma, addr & PAGE_MASK, &leaf, write, batch)
+        result = fault_or_reclaim(mm, vma, addr & PAGE_MASK, &leaf, write, batch)
         if result != ACCESS_OK:
             return result
     pte[0] = &leaf.entry[index]
@@ -261,6 +379,8 @@ cdef inline int touch_range(MM *mm, u64 start, u64 end, bint write, FrameBatch *
     cdef u64 faults = 0
     cdef u64 limit, stop, mapped
     cdef u64 *pte
+    cdef u64 failed = 0                     # the page that found no frame last
+    cdef int tries = RECLAIM_TRIES
     cdef bint anonymous
     cdef VMArea *vma
     cdef Table *leaf
@@ -301,6 +421,11 @@ cdef inline int touch_range(MM *mm, u64 start, u64 end, bint write, FrameBatch *
             faults += mapped
             if leaf.used == 0:
                 leaf_drop(mm.root, addr)
+            if unlikely(result == ACCESS_OOM):
+                tries = tries - 1 if addr == failed else RECLAIM_TRIES
+                failed = addr
+                if tries and reclaim_some(mm.mem):
+                    result = ACCESS_OK
     faulted[0] = faults
     stopped[0] = addr
     return result

@@ -24,19 +24,31 @@ cdef void file_free(FileCache *file) noexcept nogil:
     cdef u64 addr = 0
     cdef u64 stop
     cdef u64 i
+    # nobody finds the file by a frame's owner after this
+    pthread_mutex_lock(&mem.lock)
+    while True:
+        leaf = leaf_next(file.pages, &addr, 1ULL << 48, &stop)
+        if leaf == NULL:
+            break
+        for i in range(512):
+            if cache_pfn(leaf.entry[i]):
+                atomic_store(&frame_at(mem, leaf.entry[i]).owner, 0)
+            elif leaf.entry[i]:
+                cache_entry_forget(mem, leaf.entry[i])
+                leaf.entry[i] = 0
+        addr = stop
+    pthread_mutex_unlock(&mem.lock)
     batch_begin(&batch, mem, 0)
+    addr = 0
     while True:
         leaf = leaf_next(file.pages, &addr, 1ULL << 48, &stop)
         if leaf == NULL:
             break
         for i in range(512):
             if leaf.entry[i]:
-                batch_free(&batch, leaf.entry[i])
+                frame_put(&batch, leaf.entry[i])        # a pinned one stays
         addr = stop
     batch_end(&batch)
-    # whoever found the file by a frame's owner did so under this lock: wait for him
-    pthread_mutex_lock(&mem.lock)
-    pthread_mutex_unlock(&mem.lock)
     table_free(file.pages, 3)
     free(file)
 
@@ -58,15 +70,15 @@ cdef void file_put(FileCache *file) noexcept nogil:
 
 
 cdef void file_read(FileCache *file, u64 at, char *data, u64 count) noexcept nogil:
-    cdef u64 *slot
+    cdef u64 *entry
     cdef u64 part
-    cdef char *contents
+    cdef const char *contents
     while count:
         part = PAGE_SIZE - (at & (PAGE_SIZE - 1))
         if part > count:
             part = count
-        slot = pte_find(file.pages, at)
-        contents = file.mem.frames[slot[0]].contents if slot != NULL and slot[0] else NULL
+        entry = pte_find(file.pages, at)
+        contents = cache_contents(file.mem, entry[0]) if entry != NULL else NULL
         if contents != NULL:
             memcpy(data, contents + (at & (PAGE_SIZE - 1)), part)
         else:
@@ -77,8 +89,9 @@ cdef void file_read(FileCache *file, u64 at, char *data, u64 count) noexcept nog
 
 
 cdef bint file_write(FileCache *file, u64 at, const char *data, u64 count) noexcept nogil:
-    """False: no frame or no memory."""
+    """False: no frame or no memory.  Memory.lock is held, and let go of to reclaim."""
     cdef u64 pfn, part
+    cdef int tries = RECLAIM_TRIES
     cdef Frame *frame
     while count:
         part = PAGE_SIZE - (at & (PAGE_SIZE - 1))
@@ -86,12 +99,20 @@ cdef bint file_write(FileCache *file, u64 at, const char *data, u64 count) noexc
             part = count
         pfn = file_page(file, at >> PAGE_SHIFT, NULL)
         if pfn == 0:
-            return False
+            pthread_mutex_unlock(&file.mem.lock)
+            tries -= 1
+            if tries and not reclaim_some(file.mem):
+                tries = 0
+            pthread_mutex_lock(&file.mem.lock)
+            if tries == 0:
+                return False
+            continue
         frame = &file.mem.frames[pfn]
         if frame.contents == NULL:
             frame.contents = <char *> calloc(1, PAGE_SIZE)
             if frame.contents == NULL:
                 return False
+        atomic_or(&frame.owner, OWNER_DIRTY)
         memcpy(frame.contents + (at & (PAGE_SIZE - 1)), data, part)
         at += part
         data += part
@@ -178,10 +199,13 @@ cdef class File:
         if at > 1ULL << 46 or count > (1ULL << 46) - at:
             raise ValueError(f"offset = {offset}: a file has at most 2**46 bytes")
         refuse_in_callback()
+        thread_set_inside(file.mem)
         with nogil:
             pthread_mutex_lock(&file.mem.lock)
             done = file_write(file, at, <const char *> &source[0], count)
             pthread_mutex_unlock(&file.mem.lock)
+        thread_set_inside(NULL)
+        raise_pending()
         if not done:
             raise MemoryError("no frame for the page cache")
 

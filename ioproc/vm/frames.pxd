@@ -4,7 +4,7 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 from ioproc.hooks.chain cimport likely, unlikely
 from ioproc.vm.mm cimport (
-    PAGE_SIZE, Frame, Memory, atomic_add, atomic_load, atomic_store, atomic_sub, check,
+    OWNER_ANON, OWNER_DIRTY, PAGE_SIZE, Frame, Memory, atomic_add, atomic_load, atomic_or, atomic_store, atomic_sub, check,
     pthread_mutex_lock, pthread_mutex_unlock)
 
 cdef enum:
@@ -14,9 +14,11 @@ cdef extern from * nogil:
     """
     #define IOPROC_ONE_REFERENCE (1ULL << 32)
     #define IOPROC_MAPCOUNT(counts) ((counts) & 0xffffffffULL)
+    #define IOPROC_REFERENCES(counts) ((counts) >> 32)
     """
     const u64 ONE_REFERENCE "IOPROC_ONE_REFERENCE"
     u64 mapcount_of "IOPROC_MAPCOUNT"(u64 counts)
+    u64 references_of "IOPROC_REFERENCES"(u64 counts)
 
 # Frames on their way between the pool and one operation, so that its lock is taken once per batch.
 cdef struct FrameBatch:
@@ -95,6 +97,12 @@ cdef inline u64 batch_take(FrameBatch *batch) noexcept nogil:
     return batch.pfn[batch.n]
 
 
+cdef inline void batch_put_back(FrameBatch *batch, u64 pfn) noexcept nogil:
+    """What batch_take gave last was not needed."""
+    batch.pfn[batch.n] = <u32> pfn
+    batch.n += 1
+
+
 cdef inline void batch_return(FrameBatch *batch) noexcept nogil:
     pthread_mutex_lock(&batch.mem.lock)
     pool_give(batch.mem, batch.freed, batch.nfreed)
@@ -134,8 +142,44 @@ cdef inline void frame_map_again(Frame *frame) noexcept nogil:
 
 cdef inline void frame_unmap(FrameBatch *batch, u64 pfn) noexcept nogil:
     cdef Frame *frame = frame_at(batch.mem, pfn)
-    if atomic_load(&frame.counts) == 1 or atomic_sub(&frame.counts, 1) == 0:
+    cdef u64 left
+    if atomic_load(&frame.counts) == 1:
         batch_free(batch, pfn)
+        return
+    left = atomic_sub(&frame.counts, 1)
+    if left == 0:
+        batch_free(batch, pfn)
+    elif mapcount_of(left) == 0 and atomic_load(&frame.owner) & OWNER_ANON:
+        frame_disown(batch, pfn)
+
+
+cdef inline void frame_disown(FrameBatch *batch, u64 pfn) noexcept nogil:
+    """An anonymous page that nobody maps any more: its AnonVMA may go, and what is in swap as well needs no frame."""
+    cdef Memory *mem = batch.mem
+    cdef Frame *frame = frame_at(mem, pfn)
+    cdef u64 slot = 0
+    pthread_mutex_lock(&mem.lock)
+    if mapcount_of(atomic_load(&frame.counts)) == 0 and atomic_load(&frame.owner) & OWNER_ANON:
+        atomic_store(&frame.owner, 0)
+        if mem.nslots:
+            slot = mem.slot_of[pfn]
+            mem.slot_of[pfn] = 0
+            mem.slots[slot].pfn = 0
+    pthread_mutex_unlock(&mem.lock)
+    if slot:
+        frame_put(batch, pfn)
+
+
+cdef inline void frame_put(FrameBatch *batch, u64 pfn) noexcept nogil:
+    """Drop one of the references that are no mappings."""
+    if atomic_sub(&frame_at(batch.mem, pfn).counts, ONE_REFERENCE) == 0:
+        batch_free(batch, pfn)
+
+
+cdef inline void frame_keep_dirty(Frame *frame) noexcept nogil:
+    """A dirty entry that may map a file's page is about to go."""
+    if not atomic_load(&frame.owner) & (OWNER_ANON | OWNER_DIRTY):
+        atomic_or(&frame.owner, OWNER_DIRTY)
 
 
 cdef inline bint frame_copy_contents(Frame *to, const Frame *source) noexcept nogil:

@@ -7,16 +7,17 @@ cdef extern from "<sys/mman.h>" nogil:
         HOST_MADV_HUGEPAGE "MADV_HUGEPAGE"
 
 
-cdef Memory *memory_new(u64 frames) noexcept nogil:
+cdef Memory *memory_new(u64 frames, u64 swap_slots) noexcept nogil:
     cdef Memory *mem = <Memory *> calloc(1, sizeof(Memory))
     if mem == NULL:
         return NULL
-    mem.frames = <Frame *> calloc(frames + 1, sizeof(Frame))    # untouched until used
+    mem.frames = <Frame *> calloc(frames + 1, sizeof(Frame))    # untouched until used, all of these
     mem.returned = <u32 *> calloc(frames, sizeof(u32))
-    if mem.frames == NULL or mem.returned == NULL:
-        free(mem.frames)
-        free(mem.returned)
-        free(mem)
+    mem.slots = <Slot *> calloc(swap_slots + 1, sizeof(Slot))
+    mem.slot_of = <u32 *> calloc(frames + 1 if swap_slots else 1, sizeof(u32))
+    mem.free_slots = <u32 *> calloc(swap_slots + 1, sizeof(u32))
+    if mem.frames == NULL or mem.returned == NULL or mem.slots == NULL or mem.slot_of == NULL or mem.free_slots == NULL:
+        memory_release(mem)
         return NULL
     # a big one is filled by long runs of faults: huge pages save the host's own
     if frames * sizeof(Frame) >= 64 << 20:
@@ -24,15 +25,29 @@ cdef Memory *memory_new(u64 frames) noexcept nogil:
     mem.nframes = frames
     mem.nfree = frames
     mem.fresh = 1
+    mem.hand = 1
+    mem.nslots = swap_slots
+    mem.fresh_slot = 1
     pthread_mutex_init(&mem.lock, NULL)
     return mem
 
 
-cdef void memory_free(Memory *mem) noexcept nogil:
-    pthread_mutex_destroy(&mem.lock)
+cdef void memory_release(Memory *mem) noexcept nogil:
+    if mem.victims != NULL:
+        free(mem.victims.rows)
+        free(mem.victims)
+    device_free(mem)
     free(mem.frames)
     free(mem.returned)
+    free(mem.slots)
+    free(mem.slot_of)
+    free(mem.free_slots)
     free(mem)
+
+
+cdef void memory_free(Memory *mem) noexcept nogil:
+    pthread_mutex_destroy(&mem.lock)
+    memory_release(mem)
 
 
 cdef MM *mm_new(Memory *mem) noexcept nogil:
@@ -40,12 +55,12 @@ cdef MM *mm_new(Memory *mem) noexcept nogil:
     if mm == NULL:
         return NULL
     mm.root = table_new()
-    if mm.root == NULL:
+    if mm.root == NULL or not tree_begin(mm):
+        free(mm.root)
         free(mm)
         return NULL
     pthread_mutex_init(&mm.lock, NULL)
     mm.mem = mem
-    mm.seed = 0x9e3779b97f4a7c15
     mm.max_map_count = 65530
     mm.limit_as = UINT64_MAX
     mm.limit_data = UINT64_MAX
@@ -67,6 +82,7 @@ cdef void mm_teardown(MM *mm) noexcept nogil:
 cdef void mm_free(MM *mm) noexcept nogil:
     """After mm_teardown."""
     table_free(mm.root, 3)
+    tree_end(mm)
     pthread_mutex_destroy(&mm.lock)
     free(mm)
 
@@ -88,6 +104,8 @@ cdef bint fork_vmas(MM *parent, MM *child) noexcept nogil:
             # what was never written privately can be faulted in again
             if not done or (vma.anon != NULL and not fork_range(parent, child, vma)):
                 return False
+            if vma.flags & (VM_PFNMAP | VM_NONLINEAR) and not fork_shared_range(parent, child, vma):
+                return False
         vma = vma.next
     return True
 
@@ -95,16 +113,22 @@ cdef bint fork_vmas(MM *parent, MM *child) noexcept nogil:
 cdef MM *mm_fork(MM *parent) noexcept nogil:
     """The child, with no chain; NULL: no memory, and of the parent only pages have become copy-on-write."""
     cdef MM *child = mm_new(parent.mem)
+    cdef bint done
     if child == NULL:
         return NULL
     child.start_brk = parent.start_brk
     child.attaches = parent.attaches
     child.brk = parent.brk
     child.max_map_count = parent.max_map_count
+    child.nonlinear = parent.nonlinear
     child.limit_as = parent.limit_as
     child.limit_data = parent.limit_data
-    if not fork_vmas(parent, child):
+    mm_lock(child)                          # reclaim may find it by what it shares
+    done = fork_vmas(parent, child)
+    if not done:
         mm_teardown(child)
+    mm_unlock(child)
+    if not done:
         mm_free(child)
         return NULL
     return child

@@ -55,22 +55,28 @@ cdef class PhysicalMemory:
     ----------
     frames : int
         How many.  One that was never used costs address space only; one in use 32 bytes, and 4096 more once it has contents.
+    swap_slots : int
+        Pages of swap.  An access that finds no frame takes one back from whoever has not used his lately, in any
+        address space: pages of files go to the file's backing store, anonymous ones to a slot.
 
     Raises
     ------
     ValueError
-        `frames` is not in 1 .. 2**32 - 1.
+        `frames` is not in 1 .. 2**32 - 1, or `swap_slots` not in 0 .. 2**32 - 2.
     """
     cdef Memory *mem
     cdef object __weakref__
 
-    def __cinit__(self, frames=65536):
+    def __cinit__(self, frames=65536, swap_slots=0):
         cdef u64 count = as_u64(frames, "frames")
+        cdef u64 slots = as_u64(swap_slots, "swap_slots")
         if not 1 <= count < 1 << 32:
             raise ValueError(f"frames = {frames}: not in 1 .. 2**32 - 1")
-        self.mem = memory_new(count)
+        if slots >= (1ULL << 32) - 1:
+            raise ValueError(f"swap_slots = {swap_slots}: not in 0 .. 2**32 - 2")
+        self.mem = memory_new(count, slots)
         if self.mem == NULL:
-            raise MemoryError(f"no memory to describe {frames} frames")
+            raise MemoryError(f"no memory to describe {frames} frames and {swap_slots} swap slots")
 
     def __dealloc__(self):
         if self.mem != NULL:
@@ -78,13 +84,142 @@ cdef class PhysicalMemory:
 
     @property
     def stats(self):
-        """dict: ``frames``, ``frames_free``, ``frames_used``, now."""
-        cdef u64 left
+        """
+        dict: ``frames``, ``frames_free``, ``frames_used``, ``swap_slots``, ``swap_free``, ``swap_used``, now; and so far, in
+        pages: ``scanned`` (looked at by reclaim), ``reclaimed`` (frames freed by it), ``swapped_out``, ``swapped_in``,
+        ``written_back`` (dirty pages of files), ``discarded`` (clean pages of files, and what MADV_FREE gave up).
+        """
+        cdef u64 left, swap_used
+        cdef ReclaimCounts counts
         with nogil:
             pthread_mutex_lock(&self.mem.lock)
             left = self.mem.nfree
+            swap_used = self.mem.swap_used
+            counts = self.mem.reclaim
             pthread_mutex_unlock(&self.mem.lock)
-        return {"frames": self.mem.nframes, "frames_free": left, "frames_used": self.mem.nframes - left}
+        return {
+            "frames": self.mem.nframes, "frames_free": left, "frames_used": self.mem.nframes - left,
+            "swap_slots": self.mem.nslots, "swap_free": self.mem.nslots - swap_used, "swap_used": swap_used,
+            "scanned": counts.scanned, "reclaimed": counts.reclaimed, "swapped_out": counts.swapped_out,
+            "swapped_in": counts.swapped_in, "written_back": counts.written_back, "discarded": counts.discarded,
+        }
+
+    def reclaim(self, n):
+        """
+        Take frames back, as kswapd does: a clock goes over the frames, twice at most; one that was accessed since the clock
+        came by last is passed over once.
+
+        ``invalidate_page`` is fired in every address space that maps a victim, before its page-table entry changes.  Passed
+        over: pinned frames, frames in locked memory, frames of an address space that another thread is using (reclaim
+        never waits for one), and what would need a swap slot when none is free.
+
+        Parameters
+        ----------
+        n : int
+            Frames, at most.
+
+        Returns
+        -------
+        int
+            Frames freed.
+
+        Raises
+        ------
+        RuntimeError
+            In a hook callback.  What a callback raises is raised when reclaim is done; a note names the address space.
+        """
+        cdef u64 count = as_u64(n, "n")
+        cdef u64 freed
+        refuse_in_callback()
+        thread_set_inside(self.mem)
+        with nogil:
+            freed = reclaim(self.mem, count)
+        thread_set_inside(NULL)
+        raise_pending()
+        return freed
+
+    def pin(self, AddressSpace mm not None, addr, length, write=True):
+        """
+        Take a reference to each page of a range, as a device driver's get_user_pages does: the pages are faulted in, for
+        writing if `write`.
+
+        The frames stay until `unpin`, whatever becomes of the addresses: reclaim passes them over, munmap leaves them to
+        the device.  A reference does not keep frame and address together: after a fork the next write copies, even when
+        the other process is gone (hook-less pinning is not coherence).
+
+        Parameters
+        ----------
+        mm : AddressSpace
+            Of this memory.
+        addr, length : int
+            Bytes, rounded out to pages.
+        write : bool
+            False pins what a read finds, perhaps the zero page (pfn 0), which is not counted.
+
+        Returns
+        -------
+        ndarray of uint64
+            A pfn per page.
+
+        Raises
+        ------
+        OSError
+            EFAULT: a page cannot be accessed so.  Nothing is pinned; pages faulted in stay.
+        MemoryError
+            No frame for a page; nothing is pinned.
+        """
+        cdef u64 at = as_u64(addr, "addr")
+        cdef u64 bytes_ = as_u64(length, "length")
+        cdef u64 start = at & PAGE_MASK
+        cdef u64 end
+        cdef bint writing = write
+        cdef int error
+        cdef u64[::1] rows
+        if mm.mem is not self:
+            raise ValueError("mm: of another PhysicalMemory")
+        range_in_space(at, bytes_)
+        end = page_align(at + bytes_) if bytes_ else start
+        pfns = np.zeros((end - start) >> PAGE_SHIFT, np.uint64)
+        if end == start:
+            return pfns
+        rows = pfns
+        mm.enter()
+        with nogil:
+            error = mm_pin(mm.mm, start, end, writing, &rows[0])
+        mm.leave()
+        if error == -ENOMEM:
+            raise MemoryError(f"no frame to pin in {addr:#x}, length {length:#x}")
+        if error:
+            raise syscall_error(error, "pin")
+        return pfns
+
+    def unpin(self, pfns):
+        """
+        Drop a reference of `pin` to each frame; a frame that nobody maps is free then.
+
+        Parameters
+        ----------
+        pfns : array_like of int
+            As `pin` gave them, in any order and grouping.
+
+        Raises
+        ------
+        ValueError
+            A frame is not pinned; those before it in `pfns` are unpinned.
+        """
+        cdef const u64[::1] rows = np.ascontiguousarray(pfns, np.uint64).ravel()
+        cdef u64 n = rows.shape[0]
+        cdef u64 done
+        cdef FrameBatch batch
+        refuse_in_callback()
+        if n == 0:
+            return
+        with nogil:
+            batch_begin(&batch, self.mem, 0)
+            done = frames_unpin(&batch, &rows[0], n)
+            batch_end(&batch)
+        if done < n:
+            raise ValueError(f"pfns[{done}] = {rows[done]}: not pinned")
 
     def mappings(self, pfn):
         """
@@ -134,7 +269,7 @@ cdef class PhysicalMemory:
             if not space.look_begin(False):
                 continue
             pte = pte_find(space.mm.root, addr)
-            mapped = pte != NULL and pte[0] & PTE_PRESENT and not pte[0] & PTE_ZERO and pte_pfn(pte[0]) == number
+            mapped = pte != NULL and pte[0] & PTE_PRESENT and not pte[0] & PTE_UNCOUNTED and pte_pfn(pte[0]) == number
             space.look_end()
             if mapped and (space, addr) not in found:       # a VMA being split is listed twice for a moment
                 found.append((space, addr))
@@ -157,15 +292,15 @@ cdef u64 *rmap_candidates(const Frame *frame, u64 *count) noexcept nogil:
     cdef u64 room = 0
     cdef u64 *spots
     count[0] = 0
-    if owner & 1:
-        link = (<const AnonVMA *> (owner & ~1ULL)).links
-        room = (<const AnonVMA *> (owner & ~1ULL)).nlinks
+    if owner & OWNER_ANON:
+        link = (<const AnonVMA *> (owner & ~<u64> OWNER_BITS)).links
+        room = (<const AnonVMA *> (owner & ~<u64> OWNER_BITS)).nlinks
     elif owner:
-        vma = (<const FileCache *> owner).mappings
+        vma = (<const FileCache *> (owner & ~<u64> OWNER_BITS)).mappings
         while vma != NULL:
-            room += 1
+            room += vma_pages(vma) if vma.flags & VM_NONLINEAR else 1
             vma = vma.file_above
-        vma = (<const FileCache *> owner).mappings
+        vma = (<const FileCache *> (owner & ~<u64> OWNER_BITS)).mappings
     if room == 0:
         return NULL
     spots = <u64 *> malloc(16 * room)
@@ -182,7 +317,83 @@ cdef u64 *rmap_candidates(const Frame *frame, u64 *count) noexcept nogil:
 
 
 cdef void rmap_candidate(const VMArea *vma, u64 index, u64 *spots, u64 *count) noexcept nogil:
-    if vma.pgoff <= index and index < vma_index(vma, vma.end):
+    cdef u64 addr = vma.start
+    if vma.flags & VM_NONLINEAR:            # anywhere
+        while addr < vma.end:
+            spots[2 * count[0]] = <u64> vma.mm
+            spots[2 * count[0] + 1] = addr
+            count[0] += 1
+            addr += PAGE_SIZE
+    elif vma.pgoff <= index and index < vma_index(vma, vma.end):
         spots[2 * count[0]] = <u64> vma.mm
         spots[2 * count[0] + 1] = vma.start + ((index - vma.pgoff) << PAGE_SHIFT)
         count[0] += 1
+
+
+def watch_victims(PhysicalMemory memory not None):
+    """For tests: note from now on what reclaim takes."""
+    cdef Memory *mem = memory.mem
+    cdef Victims *victims = <Victims *> calloc(1, sizeof(Victims))
+    if victims == NULL:
+        raise MemoryError("watch_victims")
+    with nogil:
+        pthread_mutex_lock(&mem.lock)
+        if mem.victims == NULL:
+            mem.victims = victims
+            victims = NULL
+        pthread_mutex_unlock(&mem.lock)
+    free(victims)
+
+
+def victims(PhysicalMemory memory not None):
+    """
+    For tests: what reclaim took since the last call, in order.
+
+    Returns
+    -------
+    list of tuple
+        ``("batch",)``: a run of reclaim began; ``("anon", [(space, addr), ...])``: an anonymous page, and where it was
+        mapped; ``("file", file, page, [...])``: a page of a `File`; instead of shared anonymous memory's, ``(space, addr)``,
+        where one of its VMAs begins.
+    """
+    cdef Memory *mem = memory.mem
+    cdef u64 *rows = NULL
+    cdef u64 n = 0
+    cdef u64 i, what, value
+    cdef list result = []
+    cdef list row = None
+    cdef list spots = None
+    if mem.victims == NULL:
+        raise ValueError("memory: nobody called watch_victims")
+    with nogil:
+        pthread_mutex_lock(&mem.lock)
+        if not mem.victims.failed:
+            rows = mem.victims.rows
+            n = mem.victims.n
+            mem.victims.rows = NULL
+            mem.victims.room = 0
+            mem.victims.n = 0
+        pthread_mutex_unlock(&mem.lock)
+    if mem.victims.failed:
+        raise MemoryError("victims")
+    try:
+        for i in range(n):
+            what, value = rows[2 * i], rows[2 * i + 1]
+            if what == VICTIM_BATCH:
+                result.append(["batch"])
+            elif what == VICTIM_ANON:
+                spots = []
+                result.append(["anon", spots])
+            elif what == VICTIM_FILE:
+                spots = []
+                row = ["file", face_of(<void *> value), None, spots]
+                result.append(row)
+            elif what == VICTIM_PAGE:
+                row[2] = value
+            elif what == VICTIM_VIA and row[1] is None:
+                row[1] = (face_of(<void *> value), rows[2 * i + 3])
+            elif what == VICTIM_SPOT:
+                spots.append((face_of(<void *> value), rows[2 * i + 3]))
+    finally:
+        free(rows)
+    return [tuple(victim) for victim in result]

@@ -3,8 +3,9 @@
 
 cdef VMArea *vma_new(MM *mm, u64 start, u64 end, u64 pgoff, u64 flags, FileCache *file) noexcept nogil:
     """Not yet in the address space.  NULL: no memory."""
-    cdef VMArea *vma = <VMArea *> calloc(1, sizeof(VMArea))
+    cdef VMArea *vma = <VMArea *> calloc(1, sizeof(VMArea)) if tree_reserve(mm) else NULL
     if vma != NULL:
+        mm.made += 1
         vma.start = start
         vma.end = end
         vma.pgoff = pgoff
@@ -33,6 +34,7 @@ cdef void vma_free(VMArea *vma) noexcept nogil:
         pthread_mutex_unlock(&vma.mm.mem.lock)
     if unused != NULL:
         file_free(unused)
+    vma.mm.made -= 1
     free(vma)
 
 
@@ -98,6 +100,8 @@ cdef bint is_counted(const VMArea *vma) noexcept nogil:
 
 cdef bint may_merge(const Proposed *want, const VMArea *with_vma) noexcept nogil:
     if with_vma.flags != want.flags or with_vma.file != want.file or with_vma.chain != want.chain:
+        return False
+    if want.flags & VM_SPECIAL:
         return False
     if with_vma.attach != want.attach:      # the kernel has another file object for each
         return False

@@ -45,32 +45,66 @@ cdef enum:
     VM_MAYEXEC = 0x40
     VM_ACCESS = 0x7
     VM_MAYACCESS = 0x70
+    VM_GROWSDOWN = 0x100
+    VM_PFNMAP = 0x400           # device memory: entries that no frame stands behind
     VM_LOCKED = 0x2000
+    VM_IO = 0x4000
     VM_SEQ_READ = 0x8000
     VM_RAND_READ = 0x10000
     VM_DONTCOPY = 0x20000
+    VM_DONTEXPAND = 0x40000
     VM_ACCOUNT = 0x100000
     VM_NORESERVE = 0x200000
     VM_SYSV_SHM = 0x400000      # an attached shared-memory segment: what shmdt looks for
+    VM_NONLINEAR = 0x800000     # 2.6.12's remap_file_pages: pages in any order
     VM_DONTDUMP = 0x4000000
     VM_HUGEPAGE = 0x20000000
     VM_NOHUGEPAGE = 0x40000000
+    VM_SPECIAL = VM_PFNMAP | VM_IO | VM_DONTEXPAND      # never merges
 
-# Page-table entries: the x86 bits, and two of the software's.
+# Page-table entries: the x86 bits, and the software's.
 cdef enum:
     PTE_PRESENT = 0x1
     PTE_WRITE = 0x2
     PTE_USER = 0x4              # clear: PROT_NONE
     PTE_YOUNG = 0x20
     PTE_DIRTY = 0x40
+    PTE_SPECIAL = 0x100         # no frame of ours: device memory; not present: the page offset that VM_NONLINEAR has here
     PTE_ZERO = 0x200            # the shared zero page: not counted, no reverse map
     PTE_EXCLUSIVE = 0x400       # an anonymous page no other address space can map
+    PTE_SWAP = 0x800            # not present: the page is in the swap slot where else its frame's number is
+    PTE_UNCOUNTED = PTE_ZERO | PTE_SPECIAL | PTE_SWAP       # rss and the counts of frames know nothing of it
+
+# Frame.owner, beside the pointer.
+cdef enum:
+    OWNER_ANON = 1              # an AnonVMA, else a FileCache
+    OWNER_DIRTY = 2             # the page has to be kept even if no entry is dirty
+    OWNER_BITS = 3
 
 cdef struct Frame:              # 32 bytes
     u64 counts                  # low half: page-table entries that map it; high half: other references (page cache, pins)
-    u64 owner                   # reverse map: AnonVMA * with bit 0 set, or FileCache *
+    u64 owner                   # reverse map: AnonVMA * with OWNER_ANON, or FileCache *; 0: nobody maps it
     u64 index                   # page offset in the owner
     char *contents              # PAGE_SIZE bytes, or NULL: zeros
+
+cdef struct Slot:               # a page of swap
+    char *contents              # PAGE_SIZE bytes, or NULL: zeros
+    u32 count                   # page-table entries that refer to it, or 1: a page cache
+    u32 pfn                     # the swap cache: the frame that has the same contents, 0: none
+
+cdef struct ReclaimCounts:
+    u64 scanned                 # frames looked at
+    u64 reclaimed               # frames freed
+    u64 swapped_out             # pages
+    u64 swapped_in
+    u64 written_back            # dirty pages of files
+    u64 discarded               # clean pages of files, pages that MADV_FREE gave up
+
+cdef struct Victims:            # for tests: what reclaim took (see _core.victims)
+    u64 *rows                   # pairs: what, where
+    u64 n
+    u64 room
+    bint failed                 # no memory for a row
 
 cdef struct Memory:
     Frame *frames               # frames[0] is the zero page
@@ -79,6 +113,17 @@ cdef struct Memory:
     u32 *returned               # free ones that were used, a stack; touched only as frames come back
     u64 nreturned
     u64 nfree
+    u64 hand                    # of reclaim's clock: the next frame it looks at
+    Slot *slots                 # slots[0] is not used
+    u32 *slot_of                # by pfn: the slot of a frame in the swap cache
+    u32 *free_slots             # those that were used, a stack
+    u64 nslots
+    u64 fresh_slot              # the lowest never used
+    u64 nfree_slots             # in free_slots
+    u64 swap_used
+    ReclaimCounts reclaim
+    Victims *victims            # NULL: nobody asks
+    Table *device               # what was written to device memory: pfn -> PAGE_SIZE bytes; NULL: nothing
     pthread_mutex_t lock
 
 cdef struct Table:              # one node of a page table: an entry is a PTE or a Table *
@@ -104,6 +149,7 @@ cdef struct FileCache:          # a file's page cache and its mappings
     u64 size                    # bytes
     u64 refs                    # Python objects and VMAs
     bint anonymous              # made by MAP_SHARED | MAP_ANONYMOUS
+    bint memfd                  # shared memory with a file descriptor: no disk below
     VMArea *mappings
     Memory *mem
 
@@ -121,13 +167,19 @@ cdef struct VMArea:
     VMArea *file_below
     VMArea *prev                   # address order
     VMArea *next
-    VMArea *left                   # the tree: a treap by address, with the largest gap below each subtree's VMAs
-    VMArea *right
-    VMArea *parent
-    u64 gap                     # bytes between prev.end and start
-    u64 max_gap
-    u64 priority
     u64 attach                  # which shmat() it comes from; 0: none
+
+cdef enum:
+    NODE_ENTRIES = 31
+
+cdef struct Entry:
+    u64 end                     # of the last VMA in it; UINT64_MAX: not used
+    void *child                 # a VMArea *, above the leaves a Node *
+
+cdef struct Node:               # of the tree over the VMAs
+    Entry entry[32]             # in address order; the last is never used
+    u64 gap[32]                 # the largest gap below a VMA of the entry
+    u64 n                       # entries
 
 cdef struct FaultCounts:
     u64 zero                    # zero page mapped
@@ -135,6 +187,7 @@ cdef struct FaultCounts:
     u64 file                    # page-cache page mapped, or copied early
     u64 reuse                   # write-protect fault, page kept
     u64 cow                     # write-protect fault, page copied
+    u64 swap                    # swapped page mapped again, or copied
 
 cdef struct Attached:           # an ops structure that was registered here: for the order of release
     const ioproc_ops *ops
@@ -147,7 +200,11 @@ cdef struct MM:
     u64 hooked                  # live chain cells: nonzero if any chain exists, on it or on a VMA.  All a hook site tests
     Table *root                 # page table
     Memory *mem
-    VMArea *tree
+    Node *tree                  # the root
+    u64 height                  # nodes from the root to a leaf
+    Node *spare                 # empty ones, linked by their first child, so that no insertion can fail
+    u64 nspare
+    u64 made                    # VMAs, in the tree or not (yet)
     VMArea *first
     VMArea *last
     VMArea *cached                 # the last one found
@@ -155,9 +212,9 @@ cdef struct MM:
     u64 total_pages             # mapped, present or not
     u64 data_pages              # private writable
     u64 rss                     # page-table entries that map a counted frame
+    u64 swapped                 # swap entries
     u64 start_brk
     u64 brk
-    u64 seed                    # of the treap's priorities
     u64 max_map_count
     u64 attaches                # shmat() calls so far, here or before the fork
     u64 limit_as                # bytes
@@ -168,6 +225,7 @@ cdef struct MM:
     HookCounts hooks
     FaultCounts faults
     u64 owner                   # the thread that holds the lock, 0: nobody
+    bint nonlinear              # remap_file_pages as in 2.6.12
     bint dead                   # exited
     void *face                  # the Python object, borrowed; under the GIL
 
@@ -177,6 +235,7 @@ cdef extern from * nogil:
     static inline void ioproc_store(uint64_t *p, uint64_t v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
     static inline uint64_t ioproc_add(uint64_t *p, uint64_t v) { return __atomic_add_fetch(p, v, __ATOMIC_ACQ_REL); }
     static inline uint64_t ioproc_sub(uint64_t *p, uint64_t v) { return __atomic_sub_fetch(p, v, __ATOMIC_ACQ_REL); }
+    static inline void ioproc_or(uint64_t *p, uint64_t v) { __atomic_or_fetch(p, v, __ATOMIC_ACQ_REL); }
     #ifdef IOPROC_DEBUG
     #include <assert.h>
     #define IOPROC_CHECK(x) assert(x)
@@ -193,6 +252,7 @@ cdef extern from * nogil:
     void atomic_store "ioproc_store"(u64 *p, u64 v)
     u64 atomic_add "ioproc_add"(u64 *p, u64 v)       # both return the new value
     u64 atomic_sub "ioproc_sub"(u64 *p, u64 v)
+    void atomic_or "ioproc_or"(u64 *p, u64 v)
     void check "IOPROC_CHECK"(bint)                  # debug builds only
     bint HOOKED "IOPROC_HOOKED"(MM *mm)
 

@@ -110,7 +110,8 @@ cdef i64 address_find(MM *mm, u64 addr, u64 length, bint fixed) noexcept nogil:
     return <i64> found if found else -ENOMEM
 
 
-cdef i64 map_range(MM *mm, u64 addr, u64 length, u64 flags, FileCache *file, u64 pgoff, bint only_grow) noexcept nogil:
+cdef i64 map_range(MM *mm, u64 addr, u64 length, u64 flags, FileCache *file, u64 pgoff, u64 attach,
+                   bint only_grow) noexcept nogil:
     """Map [addr, addr + length), unmapping what is there.  `only_grow`: brk, which extends its predecessor or nobody."""
     cdef u64 end = addr + length
     cdef VMArea *vma
@@ -131,16 +132,14 @@ cdef i64 map_range(MM *mm, u64 addr, u64 length, u64 flags, FileCache *file, u64
     vma = vma_new(mm, addr, end, pgoff, flags, file)
     if vma == NULL:
         return -ENOMEM
-    if flags & VM_SYSV_SHM:
-        mm.attaches += 1
-        vma.attach = mm.attaches
+    vma.attach = attach
     unmap_prepared(mm, addr, end)
     want.start = addr
     want.end = end
     want.pgoff = pgoff
     want.flags = flags
     want.file = file
-    want.attach = vma.attach
+    want.attach = attach
     want.chain = NULL
     want.anon = NULL
     want.middle = NULL
@@ -208,7 +207,7 @@ cdef i64 mm_mmap(MM *mm, u64 addr, u64 length, u64 prot, u64 flags, FileCache *f
             pgoff = addr >> PAGE_SHIFT
     else:
         return -EINVAL
-    result = map_range(mm, addr, length, vm_flags, file, pgoff, False)
+    result = map_range(mm, addr, length, vm_flags, file, pgoff, 0, False)
     if made != NULL:
         file_put(made)
     if result >= 0 and (flags & MAP_LOCKED or flags & (MAP_POPULATE | MAP_NONBLOCK) == MAP_POPULATE):
@@ -232,7 +231,7 @@ cdef u64 mm_brk(MM *mm, u64 brk) noexcept nogil:
         # a page of room above, as the kernel keeps
         if vma_first_in(mm, old, new + PAGE_SIZE) != NULL or mm.map_count > mm.max_map_count:
             return mm.brk
-        if map_range(mm, old, new - old, flags, NULL, old >> PAGE_SHIFT, True) < 0:
+        if map_range(mm, old, new - old, flags, NULL, old >> PAGE_SHIFT, 0, True) < 0:
             return mm.brk
     mm.brk = brk
     return brk
@@ -253,7 +252,8 @@ cdef i64 mm_shmat(MM *mm, FileCache *file, u64 addr, bint readonly) noexcept nog
     result = address_find(mm, addr, length, addr != 0)
     if result < 0:
         return result
-    return map_range(mm, <u64> result, length, flags, file, 0, False)
+    mm.attaches += 1
+    return map_range(mm, <u64> result, length, flags, file, 0, mm.attaches, False)
 
 
 cdef int mm_shmdt(MM *mm, u64 addr) noexcept nogil:

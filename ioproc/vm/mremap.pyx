@@ -75,6 +75,8 @@ cdef i64 mremap_check_resize(MM *mm, VMArea *vma, u64 addr, u64 old_length, u64 
     pgoff = vma_index(vma, addr)
     if pgoff + (new_length >> PAGE_SHIFT) < pgoff:
         return -EINVAL
+    if vma.flags & (VM_DONTEXPAND | VM_PFNMAP):
+        return -EFAULT
     if not may_expand(mm, vma.flags, (new_length - old_length) >> PAGE_SHIFT):
         return -ENOMEM
     return 0

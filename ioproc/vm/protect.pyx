@@ -136,17 +136,24 @@ cdef int mm_madvise(MM *mm, u64 start, u64 length, int advice) noexcept nogil:
             start = vma.start
         stop = vma.end if vma.end < end else end
         if advice == MADV_DONTNEED:
-            if vma.flags & VM_LOCKED:
+            if vma.flags & (VM_LOCKED | VM_PFNMAP):
                 return -EINVAL
             fire_range(mm, INVALIDATE_RANGE, vma, start, stop)
             batch_begin(&batch, mm.mem, 0)
-            zap_range(mm, start, stop, &batch)
+            if vma.flags & VM_NONLINEAR:
+                zap_nonlinear(mm, vma, start, stop, 0, &batch)
+            else:
+                zap_range(mm, start, stop, &batch)
             batch_end(&batch)
         elif advice == MADV_FREE:
             if vma.flags & VM_LOCKED or not vma_is_anonymous(vma):
                 return -EINVAL
             fire_range(mm, INVALIDATE_RANGE, vma, start, stop)
-            age_range(mm, start, stop)
+            batch_begin(&batch, mm.mem, 0)
+            free_range(mm, start, stop, &batch)
+            batch_end(&batch)
+        elif vma.flags & VM_SPECIAL and (advice == MADV_DOFORK or advice == MADV_DODUMP):
+            return -EINVAL
         elif advised_flags(vma.flags, advice) != vma.flags:
             error = vma_modify(mm, &vma, start, stop, advised_flags(vma.flags, advice), vma.chain)
             if error:

@@ -102,6 +102,12 @@ cdef inline AnonVMA *anon_new(VMArea *vma, AnonVMA *parent) noexcept nogil:
     return anon
 
 
+cdef inline AnonVMA *anon_root(AnonVMA *anon) noexcept nogil:
+    while anon.parent != anon:
+        anon = anon.parent
+    return anon
+
+
 cdef inline bint anon_fork(VMArea *child, const VMArea *parent) noexcept nogil:
     """False: no memory, the child's VMA is unlinked."""
     child.anon = NULL

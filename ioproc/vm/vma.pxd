@@ -1,28 +1,53 @@
-# VMAs in address order: a list, and a treap over it that knows the largest gap below each subtree.
-# Find, insert, erase and gap search are O(log n); neighbours are one pointer away.
-from libc.stdint cimport int64_t as i64, uint64_t as u64
-from ioproc.hooks.chain cimport likely
-from ioproc.vm.mm cimport MMAP_MIN, MM, PAGE_SHIFT, VM_SHARED, VM_WRITE, VMArea, pthread_mutex_lock, pthread_mutex_unlock
+# VMAs in address order: a list, and a B+-tree over it.  Find, insert, erase and gap search are O(log n); neighbours are one
+# pointer away.
+#
+# An entry of a node knows where its last VMA ends and the largest gap below one of its VMAs, so a search reads nodes only,
+# whose keys lie side by side: of a million VMAs one leaf is out of the cache, and then the VMA itself.
+from libc.stdint cimport UINT64_MAX, int64_t as i64, uint64_t as u64
+from libc.stdlib cimport free
+from libc.string cimport memcpy, memmove
+from posix.stdlib cimport posix_memalign
+from ioproc.hooks.chain cimport likely, unlikely
+from ioproc.vm.mm cimport (
+    MM, MMAP_MIN, NODE_ENTRIES, PAGE_SHIFT, VM_GROWSDOWN, VM_SHARED, VM_WRITE, Entry, Node, VMArea, check,
+    pthread_mutex_lock, pthread_mutex_unlock)
+
+cdef enum:
+    STACK_GUARD_GAP = 256 << 12         # bytes: what is kept free below a stack
+    NODE_FEW = 7                        # entries: fewer than that only in the root
+    HEIGHT = 16                         # more than 7 ** 16 VMAs do not fit an address space
+
+cdef struct Path:               # to an entry: of each level, the leaf first, the node and its entry
+    Node *node[16]
+    u64 slot[16]
+
+
+cdef inline u64 node_above(const Node *node, u64 i, u64 addr) noexcept nogil:
+    return node.entry[i].end <= addr
+
+
+cdef inline u64 node_slot(const Node *node, u64 addr) noexcept nogil:
+    """The first entry that ends above `addr`, or the one after the last.  No branch: where it is, is anyone's guess."""
+    cdef u64 i = 4 * (node_above(node, 3, addr) + node_above(node, 7, addr) + node_above(node, 11, addr)
+                      + node_above(node, 15, addr) + node_above(node, 19, addr) + node_above(node, 23, addr)
+                      + node_above(node, 27, addr))
+    return i + node_above(node, i, addr) + node_above(node, i + 1, addr) + node_above(node, i + 2, addr)
 
 
 cdef inline VMArea *vma_find(MM *mm, u64 addr) noexcept nogil:
     """The first VMA that ends above `addr` (it may begin above it too), or NULL."""
     cdef VMArea *vma = mm.cached
-    cdef VMArea *found = NULL
+    cdef const Node *node
+    cdef u64 level = mm.height
     if likely(vma != NULL and vma.start <= addr and addr < vma.end):
         return vma
-    vma = mm.tree
-    while vma != NULL:
-        if addr < vma.end:
-            found = vma
-            if vma.start <= addr:
-                break
-            vma = vma.left
-        else:
-            vma = vma.right
-    if found != NULL:
-        mm.cached = found
-    return found
+    node = mm.tree
+    while level and node != NULL:
+        node = <const Node *> node.entry[node_slot(node, addr)].child
+        level -= 1
+    if node != NULL:
+        mm.cached = <VMArea *> node
+    return <VMArea *> node
 
 
 cdef inline VMArea *vma_at(MM *mm, u64 addr) noexcept nogil:
@@ -54,92 +79,309 @@ cdef inline bint is_data(u64 flags) noexcept nogil:
     return flags & (VM_WRITE | VM_SHARED) == VM_WRITE
 
 
-cdef inline u64 vma_max_gap(const VMArea *vma) noexcept nogil:
-    cdef u64 gap = vma.gap
-    if vma.left != NULL and vma.left.max_gap > gap:
-        gap = vma.left.max_gap
-    if vma.right != NULL and vma.right.max_gap > gap:
-        gap = vma.right.max_gap
+cdef inline u64 vma_start_gap(const VMArea *vma) noexcept nogil:
+    """Where the gap below the VMA ends: a stack keeps a distance."""
+    if vma.flags & VM_GROWSDOWN:
+        return vma.start - STACK_GUARD_GAP if vma.start > STACK_GUARD_GAP else 0
+    return vma.start
+
+
+cdef inline u64 vma_gap(const VMArea *vma) noexcept nogil:
+    """Bytes that may be mapped between its predecessor and the VMA."""
+    cdef u64 bottom = vma.prev.end if vma.prev != NULL else 0
+    cdef u64 top = vma_start_gap(vma)
+    return top - bottom if top > bottom else 0
+
+
+# ---- nodes
+
+cdef inline Node *node_new() noexcept nogil:
+    """Empty; NULL: no memory."""
+    cdef void *memory
+    cdef Node *node
+    cdef int i
+    if posix_memalign(&memory, 64, sizeof(Node)) != 0:
+        return NULL
+    node = <Node *> memory
+    for i in range(NODE_ENTRIES + 1):
+        node.entry[i].end = UINT64_MAX
+        node.entry[i].child = NULL
+    node.n = 0
+    return node
+
+
+cdef inline u64 node_end(const Node *node) noexcept nogil:
+    return node.entry[node.n - 1].end
+
+
+cdef inline u64 node_gap(const Node *node) noexcept nogil:
+    cdef u64 gap = 0
+    cdef u64 i
+    for i in range(node.n):
+        if node.gap[i] > gap:
+            gap = node.gap[i]
     return gap
 
 
-cdef inline void vma_raise_gap(VMArea *vma) noexcept nogil:
-    """Carry a changed gap up, as far as it changes anything."""
-    cdef u64 gap
-    while vma != NULL:
-        gap = vma_max_gap(vma)
-        if gap == vma.max_gap:
+cdef inline void node_set(Node *node, u64 i, Node *child) noexcept nogil:
+    """Entry `i` is `child`, as it is now."""
+    node.entry[i].end = node_end(child)
+    node.entry[i].child = child
+    node.gap[i] = node_gap(child)
+
+
+cdef inline void node_open(Node *node, u64 at, u64 count) noexcept nogil:
+    """Make room for `count` entries."""
+    memmove(&node.entry[at + count], &node.entry[at], (node.n - at) * sizeof(Entry))
+    memmove(&node.gap[at + count], &node.gap[at], (node.n - at) * sizeof(u64))
+    node.n += count
+
+
+cdef inline void node_close(Node *node, u64 at, u64 count) noexcept nogil:
+    """Take `count` entries out."""
+    cdef u64 i
+    node.n -= count
+    memmove(&node.entry[at], &node.entry[at + count], (node.n - at) * sizeof(Entry))
+    memmove(&node.gap[at], &node.gap[at + count], (node.n - at) * sizeof(u64))
+    for i in range(node.n, node.n + count):
+        node.entry[i].end = UINT64_MAX
+        node.entry[i].child = NULL
+
+
+cdef inline void node_move(Node *to, u64 at, Node *source, u64 first, u64 count) noexcept nogil:
+    """Entries of one node become entries of another."""
+    node_open(to, at, count)
+    memcpy(&to.entry[at], &source.entry[first], count * sizeof(Entry))
+    memcpy(&to.gap[at], &source.gap[first], count * sizeof(u64))
+    node_close(source, first, count)
+
+
+# ---- the reserve: vma_insert cannot fail, because a VMA is made with the nodes that its insertion may take
+
+cdef inline u64 tree_reserve_size(const MM *mm, u64 more) noexcept nogil:
+    """
+    Nodes that inserting all VMAs not in the tree, and so many more, may take: each splits a node on every level and then the
+    root, perhaps.
+    """
+    if mm.made + more <= NODE_ENTRIES:          # nothing can be full
+        return 0
+    return (mm.made + more - mm.map_count) * (mm.height + 2)
+
+
+cdef inline bint tree_reserve(MM *mm) noexcept nogil:
+    """For a VMA about to be made.  False: no memory."""
+    cdef Node *node
+    while unlikely(mm.nspare < tree_reserve_size(mm, 1)):
+        node = node_new()
+        if node == NULL:
+            return False
+        node.entry[0].child = mm.spare
+        mm.spare = node
+        mm.nspare += 1
+    return True
+
+
+cdef inline Node *spare_take(MM *mm) noexcept nogil:
+    cdef Node *node = mm.spare
+    check(node != NULL)
+    mm.spare = <Node *> node.entry[0].child
+    node.entry[0].child = NULL
+    mm.nspare -= 1
+    return node
+
+
+cdef inline void spare_give(MM *mm, Node *node) noexcept nogil:
+    """An empty node."""
+    if mm.nspare < tree_reserve_size(mm, 1):
+        node.entry[0].child = mm.spare
+        mm.spare = node
+        mm.nspare += 1
+    else:
+        free(node)
+
+
+# ---- the tree
+
+cdef inline bint tree_begin(MM *mm) noexcept nogil:
+    """Empty: one leaf.  False: no memory."""
+    mm.tree = node_new()
+    mm.height = 1
+    return mm.tree != NULL
+
+
+cdef inline void tree_end(MM *mm) noexcept nogil:
+    """Nothing is in it any more."""
+    free(mm.tree)
+    while mm.spare != NULL:
+        free(spare_take(mm))
+
+
+cdef inline void path_find(MM *mm, u64 addr, Path *path) noexcept nogil:
+    """To the first VMA that ends above `addr`, or, in the last leaf, to the place for one."""
+    cdef Node *node = mm.tree
+    cdef u64 level = mm.height
+    cdef u64 slot
+    while level:
+        level -= 1
+        slot = node_slot(node, addr)
+        if unlikely(slot == node.n) and level:
+            slot -= 1
+        path.node[level] = node
+        path.slot[level] = slot
+        node = <Node *> node.entry[slot].child
+
+
+cdef inline void path_settle(MM *mm, Path *path, u64 level) noexcept nogil:
+    """The node at `level` has changed: let those above it know, as far as it changes anything."""
+    cdef Node *parent
+    cdef u64 slot, end, gap
+    while level + 1 < mm.height:
+        end = node_end(path.node[level])
+        gap = node_gap(path.node[level])
+        level += 1
+        parent = path.node[level]
+        slot = path.slot[level]
+        if parent.entry[slot].end == end and parent.gap[slot] == gap:
             return
-        vma.max_gap = gap
-        vma = vma.parent
+        parent.entry[slot].end = end
+        parent.gap[slot] = gap
 
 
-cdef inline void vma_set_gap(VMArea *vma) noexcept nogil:
-    """After vma.start or vma.prev.end moved."""
-    if vma != NULL:
-        vma.gap = vma.start - (vma.prev.end if vma.prev != NULL else 0)
-        vma_raise_gap(vma)
+cdef inline void tree_insert(MM *mm, Path *path, u64 end, void *child, u64 gap) noexcept nogil:
+    """An entry at the path's place."""
+    cdef u64 level = 0
+    cdef Node *node
+    cdef Node *upper = NULL
+    cdef u64 at, keep
+    while True:
+        node = path.node[level]
+        at = path.slot[level]
+        if upper != NULL:               # the node below was split
+            node_set(node, at, <Node *> node.entry[at].child)
+            at += 1
+            end = node_end(upper)
+            gap = node_gap(upper)
+            child = upper
+        upper = NULL
+        if unlikely(node.n == NODE_ENTRIES):
+            # in the middle; but what grows at an end will go on there
+            keep = NODE_FEW if at == 0 else NODE_ENTRIES - NODE_FEW if at == node.n else NODE_ENTRIES // 2
+            upper = spare_take(mm)
+            node_move(upper, 0, node, keep, node.n - keep)
+            if level + 1 == mm.height:
+                path.node[level + 1] = spare_take(mm)
+                path.slot[level + 1] = 0
+                node_open(path.node[level + 1], 0, 1)
+                path.node[level + 1].entry[0].child = node
+                mm.tree = path.node[level + 1]
+                mm.height += 1
+            if at > keep:
+                at -= keep
+                node = upper
+        node_open(node, at, 1)
+        node.entry[at].end = end
+        node.entry[at].child = child
+        node.gap[at] = gap
+        if upper == NULL:
+            break
+        level += 1
+    path_settle(mm, path, level)
+
+
+cdef inline void tree_erase(MM *mm, Path *path) noexcept nogil:
+    """The path's entry."""
+    cdef u64 level = 0
+    cdef u64 i, total
+    cdef Node *node
+    cdef Node *parent
+    cdef Node *low
+    cdef Node *high
+    while True:
+        node = path.node[level]
+        node_close(node, path.slot[level], 1)
+        if level + 1 == mm.height:
+            if level and node.n == 1:
+                mm.tree = <Node *> node.entry[0].child
+                mm.height -= 1
+                node_close(node, 0, 1)
+                spare_give(mm, node)
+            return
+        if likely(node.n >= NODE_FEW):
+            break
+        # few: join a neighbour, or take some of its entries
+        level += 1
+        parent = path.node[level]
+        i = path.slot[level] - 1 if path.slot[level] else 0
+        low = <Node *> parent.entry[i].child
+        high = <Node *> parent.entry[i + 1].child
+        total = low.n + high.n
+        if total > NODE_ENTRIES - NODE_FEW:
+            if low.n < high.n:
+                node_move(low, low.n, high, 0, total // 2 - low.n)
+            else:
+                node_move(high, 0, low, total // 2, low.n - total // 2)
+            node_set(parent, i, low)
+            node_set(parent, i + 1, high)
+            break
+        node_move(low, low.n, high, 0, high.n)
+        spare_give(mm, high)
+        node_set(parent, i, low)
+        path.slot[level] = i + 1
+    path_settle(mm, path, level)
+
+
+# ---- VMAs
+
+cdef inline void vma_set_gap(MM *mm, VMArea *vma) noexcept nogil:
+    """After its predecessor changed, in another leaf."""
+    cdef Path path
+    path_find(mm, vma.start, &path)
+    path.node[0].gap[path.slot[0]] = vma_gap(vma)
+    path_settle(mm, &path, 0)
+
+
+cdef inline void vma_set_next_gap(MM *mm, Path *path, VMArea *next) noexcept nogil:
+    """The gap below the successor of the path's VMA; the path is settled later."""
+    cdef Node *leaf = path.node[0]
+    cdef u64 slot = path.slot[0] + 1
+    if next != NULL:
+        if likely(slot < leaf.n):
+            leaf.gap[slot] = vma_gap(next)
+        else:
+            vma_set_gap(mm, next)
 
 
 cdef inline void vma_resize(VMArea *vma, u64 start, u64 end) noexcept nogil:
-    """Move the bounds; pgoff follows the start."""
+    """Move the bounds, over free memory; pgoff follows the start."""
+    cdef MM *mm = vma.mm
     cdef u64 pages = vma_pages(vma)
     # what the reverse map reads of a VMA changes under the lock of the reverse map
     cdef bint listed = vma.anon_links != NULL or vma.file != NULL
+    cdef Path path
+    path_find(mm, vma.start, &path)
     if listed:
-        pthread_mutex_lock(&vma.mm.mem.lock)
+        pthread_mutex_lock(&mm.mem.lock)
     vma.pgoff += <u64> (<i64> (start - vma.start) >> PAGE_SHIFT)
     vma.start = start
     vma.end = end
     if listed:
-        pthread_mutex_unlock(&vma.mm.mem.lock)
-    vma.mm.total_pages += vma_pages(vma) - pages
+        pthread_mutex_unlock(&mm.mem.lock)
+    mm.total_pages += vma_pages(vma) - pages
     if is_data(vma.flags):
-        vma.mm.data_pages += vma_pages(vma) - pages
-    vma_set_gap(vma)
-    vma_set_gap(vma.next)
-
-
-cdef inline void vma_replace_child(MM *mm, VMArea *parent, VMArea *old, VMArea *new) noexcept nogil:
-    if parent == NULL:
-        mm.tree = new
-    elif parent.left == old:
-        parent.left = new
-    else:
-        parent.right = new
-    if new != NULL:
-        new.parent = parent
-
-
-cdef inline void vma_rotate_up(MM *mm, VMArea *child) noexcept nogil:
-    cdef VMArea *parent = child.parent
-    vma_replace_child(mm, parent.parent, parent, child)
-    if parent.left == child:
-        parent.left = child.right
-        if child.right != NULL:
-            child.right.parent = parent
-        child.right = parent
-    else:
-        parent.right = child.left
-        if child.left != NULL:
-            child.left.parent = parent
-        child.left = parent
-    parent.parent = child
-    parent.max_gap = vma_max_gap(parent)
-    child.max_gap = vma_max_gap(child)
+        mm.data_pages += vma_pages(vma) - pages
+    path.node[0].entry[path.slot[0]].end = end
+    path.node[0].gap[path.slot[0]] = vma_gap(vma)
+    vma_set_next_gap(mm, &path, vma.next)
+    path_settle(mm, &path, 0)
 
 
 cdef inline void vma_insert(MM *mm, VMArea *vma) noexcept nogil:
     """Into the list and the tree; its range is free."""
-    cdef VMArea *above = mm.tree
-    cdef VMArea *next = NULL
+    cdef Path path
+    cdef VMArea *next
     cdef VMArea *prev
-    while above != NULL:
-        if vma.start < above.start:
-            next = above
-            above = above.left
-        else:
-            above = above.right
+    path_find(mm, vma.start, &path)
+    next = <VMArea *> path.node[0].entry[path.slot[0]].child
     prev = next.prev if next != NULL else mm.last
     vma.prev = prev
     vma.next = next
@@ -149,30 +391,10 @@ cdef inline void vma_insert(MM *mm, VMArea *vma) noexcept nogil:
         mm.first = vma
     if next != NULL:
         next.prev = vma
+        path.node[0].gap[path.slot[0]] = vma_gap(next)
     else:
         mm.last = vma
-
-    mm.seed ^= mm.seed << 13
-    mm.seed ^= mm.seed >> 7
-    mm.seed ^= mm.seed << 17
-    vma.priority = mm.seed
-    vma.left = NULL
-    vma.right = NULL
-    vma.max_gap = 0
-    vma.gap = 0
-    if prev != NULL and prev.right == NULL:
-        vma.parent = prev
-        prev.right = vma
-    elif next != NULL:
-        vma.parent = next
-        next.left = vma
-    else:
-        vma.parent = NULL
-        mm.tree = vma
-    vma_set_gap(vma)
-    vma_set_gap(next)
-    while vma.parent != NULL and vma.parent.priority < vma.priority:
-        vma_rotate_up(mm, vma)
+    tree_insert(mm, &path, vma.end, vma, vma_gap(vma))
     mm.map_count += 1
     mm.total_pages += vma_pages(vma)
     if is_data(vma.flags):
@@ -181,16 +403,9 @@ cdef inline void vma_insert(MM *mm, VMArea *vma) noexcept nogil:
 
 cdef inline void vma_erase(MM *mm, VMArea *vma) noexcept nogil:
     """Out of the list and the tree; the VMA itself stays."""
-    cdef VMArea *parent
     cdef VMArea *next = vma.next
-    while vma.left != NULL or vma.right != NULL:
-        if vma.right == NULL or (vma.left != NULL and vma.left.priority > vma.right.priority):
-            vma_rotate_up(mm, vma.left)
-        else:
-            vma_rotate_up(mm, vma.right)
-    parent = vma.parent
-    vma_replace_child(mm, parent, vma, NULL)
-    vma_raise_gap(parent)
+    cdef Path path
+    path_find(mm, vma.start, &path)
     if vma.prev != NULL:
         vma.prev.next = next
     else:
@@ -199,7 +414,8 @@ cdef inline void vma_erase(MM *mm, VMArea *vma) noexcept nogil:
         next.prev = vma.prev
     else:
         mm.last = vma.prev
-    vma_set_gap(next)
+    vma_set_next_gap(mm, &path, next)
+    tree_erase(mm, &path)
     if mm.cached == vma:
         mm.cached = NULL
     mm.map_count -= 1
@@ -208,27 +424,27 @@ cdef inline void vma_erase(MM *mm, VMArea *vma) noexcept nogil:
         mm.data_pages -= vma_pages(vma)
 
 
-cdef inline VMArea *vma_gap_before(VMArea *vma, u64 length) noexcept nogil:
+cdef inline VMArea *vma_gap_before(MM *mm, const VMArea *vma, u64 length) noexcept nogil:
     """The last VMA, at or before `vma` in address order, with a gap of at least `length` below it."""
-    cdef VMArea *below
-    while vma != NULL:
-        if vma.gap >= length:
-            return vma
-        if vma.left != NULL and vma.left.max_gap >= length:
-            vma = vma.left
-            while True:
-                if vma.right != NULL and vma.right.max_gap >= length:
-                    vma = vma.right
-                elif vma.gap >= length:
-                    return vma
-                else:
-                    vma = vma.left
-        # nothing below on this side: up to the first ancestor we are to the right of
-        below = vma
-        vma = vma.parent
-        while vma != NULL and vma.left == below:
-            below = vma
-            vma = vma.parent
+    cdef u64 level = 0
+    cdef Node *node
+    cdef Path path
+    path_find(mm, vma.start, &path)
+    path.slot[0] += 1
+    while level < mm.height:
+        node = path.node[level]
+        while path.slot[level]:
+            path.slot[level] -= 1
+            if node.gap[path.slot[level]] >= length:
+                if level == 0:
+                    return <VMArea *> node.entry[path.slot[level]].child
+                node = <Node *> node.entry[path.slot[level]].child
+                level -= 1
+                path.node[level] = node
+                path.slot[level] = node.n
+                break
+        else:
+            level += 1                  # nothing below on this side
     return NULL
 
 
@@ -238,16 +454,16 @@ cdef inline u64 gap_find(MM *mm, u64 length, u64 ceiling) noexcept nogil:
     cdef VMArea *below = above.prev if above != NULL else mm.last
     cdef u64 top = ceiling
     cdef u64 bottom
-    if above != NULL and above.start < ceiling:
-        top = above.start
+    if above != NULL and vma_start_gap(above) < ceiling:
+        top = vma_start_gap(above)
     bottom = below.end if below != NULL else MMAP_MIN
     if top >= bottom and top - bottom >= length:
         return top - length
     while below != NULL:
-        below = vma_gap_before(below, length)
+        below = vma_gap_before(mm, below, length)
         if below == NULL:
             return 0
-        if below.prev != NULL or below.start >= MMAP_MIN + length:
-            return below.start - length
+        if below.prev != NULL or vma_start_gap(below) >= MMAP_MIN + length:
+            return vma_start_gap(below) - length
         below = below.prev                              # the lowest gap ends at MMAP_MIN
     return 0

@@ -1,16 +1,18 @@
 # Taking page-table entries away, changing their protection, moving them.  Callers fire the hooks.
 from libc.stdint cimport uint64_t as u64
-from ioproc.vm.frames cimport FrameBatch, frame_unmap
+from ioproc.hooks.chain cimport likely, unlikely
+from ioproc.vm.frames cimport FrameBatch, frame_at, frame_keep_dirty, frame_unmap, mapcount_of
 from ioproc.vm.mm cimport (
-    MM, PAGE_SIZE, PTE_DIRTY, PTE_EXCLUSIVE, PTE_PRESENT, PTE_USER, PTE_WRITE, PTE_YOUNG, PTE_ZERO, VM_ACCESS, VM_SHARED,
-    VM_WRITE, Table, VMArea)
+    MM, OWNER_DIRTY, PAGE_SIZE, PTE_DIRTY, PTE_EXCLUSIVE, PTE_PRESENT, PTE_SWAP, PTE_UNCOUNTED, PTE_USER, PTE_WRITE, PTE_YOUNG,
+    VM_ACCESS, VM_SHARED, VM_WRITE, Frame, Memory, Table, VMArea, atomic_load, atomic_store)
 from ioproc.vm.page_table cimport leaf_drop, leaf_find, leaf_make, leaf_next, pte_set, table_index
+from ioproc.vm.swap cimport swap_entry_dropped
 
 
 cdef inline void zap_range(MM *mm, u64 start, u64 end, FrameBatch *batch) noexcept nogil:
     """Unmap every page of [start, end); tables left empty go too."""
     cdef u64 addr = start
-    cdef u64 begin, stop, pte, i, cleared, frames
+    cdef u64 begin, stop, pte, i, cleared, frames, swapped
     cdef Table *leaf
     while True:
         leaf = leaf_next(mm.root, &addr, end, &stop)
@@ -19,16 +21,23 @@ cdef inline void zap_range(MM *mm, u64 start, u64 end, FrameBatch *batch) noexce
         begin = addr
         cleared = 0
         frames = 0
+        swapped = 0
         for i in range(table_index(addr, 0), table_index(addr, 0) + ((stop - addr) >> 12)):
             pte = leaf.entry[i]
             if pte:
                 leaf.entry[i] = 0
                 cleared += 1
-                if not pte & PTE_ZERO:
+                if likely(not pte & PTE_UNCOUNTED):
                     frames += 1
+                    if unlikely(pte & (PTE_DIRTY | PTE_EXCLUSIVE) == PTE_DIRTY):
+                        frame_keep_dirty(frame_at(mm.mem, pte >> 12))
                     frame_unmap(batch, pte >> 12)
+                elif pte & PTE_SWAP:
+                    swapped += 1
+                    swap_entry_dropped(batch, pte)
         leaf.used -= cleared
         mm.rss -= frames
+        mm.swapped -= swapped
         if leaf.used == 0:
             leaf_drop(mm.root, begin)
         addr = stop
@@ -108,10 +117,24 @@ cdef inline void move_range(MM *mm, u64 old, u64 new, u64 length) noexcept nogil
     drop_empty_tables(mm, new, length)
 
 
-cdef inline void age_range(MM *mm, u64 start, u64 end) noexcept nogil:
-    """MADV_FREE: the anonymous pages of [start, end) become old and clean."""
+cdef inline bint frame_unwanted(Memory *mem, u64 pfn) noexcept nogil:
+    """Only its entries say from now on whether the page must be kept.  False: others may want what swap had."""
+    cdef Frame *frame = frame_at(mem, pfn)
+    cdef u64 owner = atomic_load(&frame.owner)
+    if owner & OWNER_DIRTY:
+        if mapcount_of(atomic_load(&frame.counts)) != 1 or (mem.nslots and mem.slot_of[pfn]):
+            return False
+        atomic_store(&frame.owner, owner & ~<u64> OWNER_DIRTY)
+    return True
+
+
+cdef inline void free_range(MM *mm, u64 start, u64 end, FrameBatch *batch) noexcept nogil:
+    """
+    MADV_FREE: the anonymous pages of [start, end) become old and clean, so that reclaim may throw them away; what is in
+    swap goes at once.
+    """
     cdef u64 addr = start
-    cdef u64 stop, pte, i
+    cdef u64 begin, stop, pte, i
     cdef Table *leaf
     while True:
         leaf = leaf_next(mm.root, &addr, end, &stop)
@@ -119,6 +142,15 @@ cdef inline void age_range(MM *mm, u64 start, u64 end) noexcept nogil:
             return
         for i in range(table_index(addr, 0), table_index(addr, 0) + ((stop - addr) >> 12)):
             pte = leaf.entry[i]
-            if pte & PTE_PRESENT and not pte & PTE_ZERO:
-                leaf.entry[i] = pte & ~<u64> (PTE_YOUNG | PTE_DIRTY)
+            if pte & PTE_PRESENT and not pte & PTE_UNCOUNTED:
+                if frame_unwanted(mm.mem, pte >> 12):
+                    leaf.entry[i] = pte & ~<u64> (PTE_YOUNG | PTE_DIRTY)
+            elif pte & PTE_SWAP:
+                leaf.entry[i] = 0
+                leaf.used -= 1
+                mm.swapped -= 1
+                swap_entry_dropped(batch, pte)
+        begin = addr
         addr = stop
+        if leaf.used == 0:
+            leaf_drop(mm.root, begin)
