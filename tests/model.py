@@ -50,13 +50,14 @@ class Ops:
 class MM(VmaList):
     """VMAs, page tables and hook chains: what one process has, or two after vfork."""
 
-    def __init__(self, mem, max_map_count=65530, start_brk=START_BRK, rlimits=None):
+    def __init__(self, mem, max_map_count=65530, start_brk=START_BRK, rlimits=None, nonlinear=False):
         super().__init__(max_map_count, rlimits)
-        self.mem = mem
+        self.mem, self.nonlinear = mem, nonlinear
         self.number = next(mem.numbers)
         self.faces = []             # the AddressSpace objects that are in it
         self.start_brk = self.end_brk = start_brk
         self.ptes = {}              # page address -> Pte or SwapEntry
+        self.shows = {}             # page address -> page of the file, where remap_file_pages of 2.6.12 put another
         self.chain = []             # ops of the whole address space, newest first
         self.attached = {}          # ops -> since when they are somewhere in this address space
         self.clock = itertools.count()
@@ -81,6 +82,8 @@ class MM(VmaList):
             try:
                 callback(*args)
             except Exception as exception:      # the rest still runs; see operation()
+                if self is not self.mem.caller:
+                    exception.add_note(f"in {self.face}")
                 self.mem.raised.append(exception)
             finally:
                 self.mem.in_callback = False
@@ -227,6 +230,8 @@ class MM(VmaList):
 
     def mmap_device(self, length, pfn, prot=PROT_READ | PROT_WRITE, *, addr=None):
         """Map memory that no frame of ours is, as a driver does: all entries at once, and never any other."""
+        if not self.mem.frames + 512 * self.mem.huge_pages < pfn <= (1 << 36) - align(length) // PAGE:
+            raise ValueError("pfn: not a device's")
         flags = ACCESS & prot | Flag.MAYWRITE | Flag.SHARED | Flag.MAYSHARE | Flag.PFNMAP | Flag.DONTDUMP
         return self._map_filled(length, flags, addr, pfn, lambda page: Pte(self.mem.device_page(pfn + page), bool(prot & 2)))
 
@@ -259,6 +264,8 @@ class MM(VmaList):
         vma = self.find(start)
         if not vma or not vma.flags & Flag.SHARED or vma.special:
             fail(errno.EINVAL)
+        if self.nonlinear:
+            return self._remap_nonlinear(vma, start, end, page_offset)
         pieces = self.over(start, end)
         if pieces[-1].end < end or any(
                 left.end != right.start or (right.file, right.attach, right.flags) != (vma.file, vma.attach, vma.flags)
@@ -273,6 +280,26 @@ class MM(VmaList):
         kept = ACCESS | Flag.SHARED | Flag.MAYSHARE | Flag.MAYWRITE | Flag.LOCKED
         self._map(Vma(self, start, end, vma.flags & kept, page_offset, vma.file, vma.attach))
         self._populate(start, end)
+
+    def _remap_nonlinear(self, vma, start, end, number):
+        """As in 2.6.12: the VMA stays whole, and entries say what they show."""
+        if end > vma.end:
+            fail(errno.EINVAL)
+        if number != vma.pgoff_at(start):
+            vma.flags |= Flag.NONLINEAR
+        if number + (end - start) // PAGE > vma.file.end:
+            fail(errno.EINVAL)
+        for page in range(start, end, PAGE):
+            try:
+                frame = self.mem.with_room(vma.file.page, number)
+            except MemoryError:
+                fail(errno.ENOMEM)
+            if page in self.ptes:
+                self.fire("invalidate_page", vma, page)
+            self._set(page, Pte(frame, bool(vma.flags & Flag.WRITE)))
+            self.shows[page] = number
+            self.fire("update_page", vma, page)
+            number += 1
 
     def _map(self, new):
         """Put `new` where it belongs, over whatever is there."""
@@ -298,6 +325,7 @@ class MM(VmaList):
     def _unmap_isolated(self, vmas, start, end):
         self._fire_unmap(vmas, start, end)
         self.zap(start, end)
+        self.shows = {page: number for page, number in self.shows.items() if not start <= page < end}
         for vma in vmas:
             self._remove(vma)
 
@@ -697,6 +725,8 @@ class MM(VmaList):
             if isinstance(pte, Pte) and pte.frame.counted:
                 pte.frame.mappings.remove((self, page))
                 pte.frame.mappings.add((self, page - addr + target))
+        for page in [page for page in self.shows if addr <= page < addr + old]:
+            self.shows[page - addr + target] = self.shows[page]
         if flags & MREMAP_DONTUNMAP:
             vma.flags &= ~Flag.LOCKED
             if moved is not vma and (addr, addr + old) == (vma.start, vma.end):
@@ -792,7 +822,7 @@ class MM(VmaList):
             pte = Pte(self.mem.allocate(), writable, exclusive=True) if write else Pte(self.mem.zero, False)
         else:
             kind = "file"
-            frame = vma.file.page(vma.pgoff_at(page))
+            frame = vma.file.page(self.shows.get(page, vma.pgoff_at(page)))
             if frame is None:
                 raise BusError(addr)
             if vma.flags & Flag.SHARED or not write:
@@ -870,6 +900,8 @@ class MM(VmaList):
 
     def _access(self, addr, length, write):
         """The pieces of [addr, addr + length), page by page, each faulted in as it is reached."""
+        if addr + length > TASK_SIZE:
+            raise ValueError("beyond the address space")
         for at, n in chunks(addr, length):
             try:
                 pte, faulted = self._fault(at, write)
@@ -899,7 +931,8 @@ class MM(VmaList):
     # --- beginnings and ends
 
     def fork(self):
-        child = MM(self.mem, self.max_map_count, self.start_brk, self.rlimits)
+        child = MM(self.mem, self.max_map_count, self.start_brk, self.rlimits, self.nonlinear)
+        child.shows = dict(self.shows)
         child.end_brk = self.end_brk
         for vma in self.list:
             if vma.flags & Flag.DONTCOPY:
@@ -909,7 +942,7 @@ class MM(VmaList):
             if vma.flags & Flag.WIPEONFORK:
                 continue
             copy.inherit_links(vma)
-            if vma.anon_vma or vma.special:         # of others the child faults in what it needs
+            if vma.anon_vma or vma.flags & (Flag.PFNMAP | Flag.NONLINEAR):      # of others the child faults in what it needs
                 self._copy_pages(vma, child)
         return child
 
@@ -920,7 +953,7 @@ class MM(VmaList):
                 pte.slot.users += 1
                 child.ptes[page] = replace(pte)
                 continue
-            if vma.special:
+            if vma.flags & Flag.SHARED:
                 child._set(page, replace(pte, young=False, dirty=False))
                 continue
             if pte.writable:
@@ -944,9 +977,9 @@ class MM(VmaList):
 class AddressSpace:
     """A process as its calls see it: an MM, which the child of a vfork has together with its parent."""
 
-    def __init__(self, mem, max_map_count=65530, start_brk=START_BRK, rlimits=None):
+    def __init__(self, mem, max_map_count=65530, start_brk=START_BRK, rlimits=None, nonlinear=False):
         self.mem = mem
-        self._enter(MM(mem, max_map_count, start_brk, rlimits))
+        self._enter(MM(mem, max_map_count, start_brk, rlimits, nonlinear))
 
     def _enter(self, mm):
         self.mm = mm
@@ -985,7 +1018,8 @@ class AddressSpace:
     def exec(self):
         """Leave the address space for a new one, empty, with the same limits."""
         self._leave()
-        self._enter(MM(self.mem, self.mm.max_map_count, self.mm.start_brk, self.mm.rlimits))
+        mm = self.mm
+        self._enter(MM(self.mem, mm.max_map_count, mm.start_brk, mm.rlimits, mm.nonlinear))
 
     @operation
     def exit(self):

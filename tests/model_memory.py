@@ -63,7 +63,7 @@ def operation(method):
         mem = self.mem
         if mem.in_callback:
             raise RuntimeError("a callback may look, not touch")
-        mem.raised = []
+        mem.raised, mem.caller = [], getattr(self, "mm", None)
         try:
             result = method(self, *args, **kwargs)
         except Exception:
@@ -118,6 +118,7 @@ class PhysicalMemory:
         self.counts = Counter()
         self.numbers = itertools.count()    # of address spaces
         self.in_callback, self.raised = False, []
+        self.caller = None                  # whose operation it is
         self.victims = None                 # if set: per run of reclaim, what goes: (file or None, number, mappings)
         self.log = []                       # what went
 
@@ -233,6 +234,8 @@ class PhysicalMemory:
     @operation
     def pin(self, mm, addr, length, write=True):
         """get_user_pages: fault pages in and take a reference to each, to all of them or none."""
+        if mm.mem is not self:
+            raise ValueError("of another memory")
         frames = []
         try:
             for page, _ in chunks(addr, length):
@@ -310,8 +313,9 @@ class File:
 
     def page(self, number):
         """The frame of a page; None beyond the end of the file."""
-        if number >= self.end:
-            return None
+        return self._page(number) if number < self.end else None
+
+    def _page(self, number):
         if number not in self.pages:
             slot = self.slots.get(number)
             frame = self.mem.allocate(slot.data if slot else self.stored.get(number))
@@ -352,10 +356,9 @@ class File:
 
     @operation
     def write(self, offset, data):
-        if offset + len(data) > self.size:
-            raise ValueError("write beyond the end of the file")
         for at, n in chunks(offset, len(data)):
-            frame = self.mem.with_room(self.page, at // PAGE)
+            frame = self.mem.with_room(self._page, at // PAGE)
+            self.size = max(self.size, at + n)
             frame.data[at % PAGE:at % PAGE + n] = data[at - offset:at - offset + n]
             frame.dirty = True
 
@@ -381,8 +384,10 @@ class File:
 
     def punch(self, offset, length):
         """The range reads as zeros from now on; private copies stay."""
-        if offset < 0 or length <= 0:
+        if not 0 < length < 1 << 63 or not 0 <= offset < 1 << 63:
             fail(errno.EINVAL)
+        if offset + length >= 1 << 63:
+            fail(errno.EFBIG)
         first, end = align(offset) // PAGE, (offset + length) // PAGE
         if first < end:
             self._unmap(first, end, copies=False)

@@ -49,6 +49,7 @@ class Flag(IntFlag):
     WIPEONFORK = auto()     # fork's child finds it empty
     GROWSDOWN = auto()      # a stack
     PFNMAP = auto()         # device memory
+    NONLINEAR = auto()      # shows its file's pages in any order (2.6.12)
 
 
 ACCESS = Flag.READ | Flag.WRITE | Flag.EXEC

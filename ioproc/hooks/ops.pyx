@@ -37,7 +37,10 @@ cdef void callback_raised(object exception) noexcept:
 
 cdef int raise_pending() except -1:
     """In the caller of an operation: raise what its callbacks raised."""
-    cdef PyObject *raised = thread_raised()
+    cdef PyObject *raised
+    if ends and thread_inside() == NULL:
+        end_late()
+    raised = thread_raised()
     if raised == NULL:
         return 0
     thread_set_raised(NULL)

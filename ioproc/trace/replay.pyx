@@ -206,8 +206,7 @@ cdef bint process_adopt(Replay *replay, Process *process, MM *mm) noexcept nogil
         with gil:
             owned = (<Player> replay.face).own(mm)
     if not owned:
-        mm_teardown(mm)
-        mm_free(mm)
+        mm_discard(mm)
         free(space)
         return False
     process.space = space
@@ -387,8 +386,6 @@ cdef int replay_mremap(Replay *replay, Space *space, const Event *event) noexcep
     moved_buffer = regions_overlap(&space.counted.regions, event.addr, event.addr + old)
     grown_buffer = old > 0 and regions_overlap(&space.counted.regions, event.addr + old - PAGE_SIZE, event.addr + old)
     result = mm_mremap(mm, event.addr, event.length, event.arg, flags, event.ret)
-    if result == -ENOSYS:
-        return UNMODELLED
     if result < 0 or <u64> result != event.ret:
         return RESULT
     # a buffer moves and grows with its mapping, as the chain of its VMA does
@@ -397,7 +394,8 @@ cdef int replay_mremap(Replay *replay, Space *space, const Event *event) noexcep
         regions_remove(&space.counted.regions, event.ret, event.ret + new)
         if moved_buffer:
             regions_move(&space.counted.regions, event.addr, event.ret, old if old < new else new)
-        regions_remove(&space.counted.regions, event.addr, event.addr + old)
+        if not flags & MREMAP_DONTUNMAP:
+            regions_remove(&space.counted.regions, event.addr, event.addr + old)
     elif new < old:
         regions_remove(&space.counted.regions, event.addr + new, event.addr + old)
     if grown_buffer and new > old:

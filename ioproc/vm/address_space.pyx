@@ -127,6 +127,12 @@ cdef VMArea *vmas_copy(MM *mm, u64 *count) noexcept nogil:
     return copies
 
 
+cdef void end_late() noexcept:
+    """The ends that had to wait; what their release callbacks raise is nobody's."""
+    while ends:
+        (<AddressSpace> ends.pop()).end()
+
+
 cdef object mm_face(MM *mm):
     return <object> mm.face if mm.face != NULL else None
 
@@ -221,8 +227,9 @@ cdef class AddressSpace:
         cdef dict limits = dict(rlimits or {})
         cdef u64 limit_as = as_u64(limits.pop("AS", UINT64_MAX), "rlimits['AS']")
         cdef u64 limit_data = as_u64(limits.pop("DATA", UINT64_MAX), "rlimits['DATA']")
+        cdef u64 limit_memlock = as_u64(limits.pop("MEMLOCK", UINT64_MAX), "rlimits['MEMLOCK']")
         if limits:
-            raise ValueError(f"rlimits: {', '.join(map(repr, limits))}: not one of 'AS', 'DATA'")
+            raise ValueError(f"rlimits: {', '.join(map(repr, limits))}: not one of 'AS', 'DATA', 'MEMLOCK'")
         if brk & (PAGE_SIZE - 1) or brk > TASK_SIZE:
             raise ValueError(f"start_brk = {start_brk:#x}: not a page of the address space")
         self.adopt(mem, mm_new(mem.mem))
@@ -231,6 +238,7 @@ cdef class AddressSpace:
         self.mm.brk = brk
         self.mm.limit_as = limit_as
         self.mm.limit_data = limit_data
+        self.mm.limit_memlock = limit_memlock
         self.mm.nonlinear = nonlinear
 
     cdef int adopt(self, PhysicalMemory mem, MM *mm) except -1:
@@ -247,8 +255,7 @@ cdef class AddressSpace:
         """Take over an address space, in place of the empty one."""
         faces[<size_t> mm] = ref(self)  # the one thing that may fail
         faces.pop(<size_t> self.mm, None)
-        mm_teardown(self.mm)
-        mm_free(self.mm)
+        mm_discard(self.mm)
         self.mm = mm
         mm.face = <void *> self
         return 0
@@ -259,7 +266,7 @@ cdef class AddressSpace:
     def __dealloc__(self):
         if self.mm != NULL:
             face_gone(self.mm)
-            mm_free(self.mm)
+            mm_put(self.mm)
 
     # ---- entering and leaving the VM: no lock of ours is ever waited for with the GIL held
 
@@ -278,8 +285,9 @@ cdef class AddressSpace:
                 mm_lock(self.mm)
 
     cdef int leave(self) except -1:
+        cdef MM *mm = <MM *> thread_inside()
         thread_set_inside(NULL)
-        mm_unlock(self.mm)
+        mm_unlock(mm)
         return raise_pending()
 
     cdef bint look_begin(self, bint wait=True) except -1:
@@ -439,20 +447,59 @@ cdef class AddressSpace:
     def madvise(self, addr, length, advice):
         """
         ``MADV_DONTNEED``: forget the pages, ``invalidate_range`` per VMA.  ``FREE``: the same hook; the pages, clean and old
-        now, may go at any time, but nothing takes them yet.  ``DONTFORK DOFORK NORMAL RANDOM SEQUENTIAL HUGEPAGE
-        NOHUGEPAGE DONTDUMP DODUMP`` mark VMAs, which splits and merges them; ``WILLNEED`` does nothing.  The other kinds
-        of advice raise NotImplementedError.  Holes are skipped, and ENOMEM at the end.
+        now, may go at any time, but nothing takes them yet.  ``REMOVE``: `File.punch_hole` of what is mapped.  ``POPULATE_READ
+        POPULATE_WRITE`` fault pages in, as far as it goes.  ``DONTFORK DOFORK WIPEONFORK KEEPONFORK NORMAL RANDOM SEQUENTIAL
+        HUGEPAGE NOHUGEPAGE DONTDUMP DODUMP`` mark VMAs, which splits and merges them; ``WILLNEED`` does nothing.  The other
+        kinds of advice raise NotImplementedError.  Holes are skipped, and ENOMEM at the end.
         """
         cdef u64 at = as_u64(addr, "addr")
         cdef u64 bytes_ = as_u64(length, "length")
         cdef int what = as_int(advice, "advice")
         cdef int error
+        cdef MM *mm
         self.enter()
+        mm = self.mm
+        mm_hold(mm)                     # REMOVE lets go of the lock meanwhile
         with nogil:
-            error = mm_madvise(self.mm, at, bytes_, what)
-        self.leave()
+            error = mm_madvise(mm, at, bytes_, what)
+        try:
+            self.leave()
+        finally:
+            mm_put(mm)
         if error:
             raise syscall_error(error, f"madvise advice {advice}")
+
+    def mlock(self, addr, length):
+        """
+        Lock the pages of a range, rounded out: reclaim passes them over from now on, and they are faulted in at once.
+
+        Raises
+        ------
+        OSError
+            ENOMEM: a hole (what is before it is locked, but not faulted in), a page that cannot be had, or more than
+            ``rlimits["MEMLOCK"]``.  EAGAIN: no frame.  EPERM: that limit is 0.
+        """
+        cdef u64 at = as_u64(addr, "addr")
+        cdef u64 bytes_ = as_u64(length, "length")
+        cdef int error
+        self.enter()
+        with nogil:
+            error = mm_mlock(self.mm, at, bytes_)
+        self.leave()
+        if error:
+            raise syscall_error(error, "mlock")
+
+    def munlock(self, addr, length):
+        """Unlock the pages of a range, rounded out.  A hole is ENOMEM after the VMAs before it are unlocked."""
+        cdef u64 at = as_u64(addr, "addr")
+        cdef u64 bytes_ = as_u64(length, "length")
+        cdef int error
+        self.enter()
+        with nogil:
+            error = mm_munlock(self.mm, at, bytes_)
+        self.leave()
+        if error:
+            raise syscall_error(error, "munlock")
 
     def msync(self, addr, length, flags=4):
         """``sync_range`` per shared VMA.  `flags`: MS_ASYNC 1, MS_INVALIDATE 2, MS_SYNC 4."""
@@ -477,8 +524,10 @@ cdef class AddressSpace:
         Parameters
         ----------
         flags : int
-            ``MREMAP_MAYMOVE``, ``MREMAP_FIXED`` (with `new_addr`; several VMAs if the length stays).
+            ``MREMAP_MAYMOVE``, ``MREMAP_FIXED`` (with `new_addr`; several VMAs if the length stays), ``MREMAP_DONTUNMAP`` (the
+            old place stays mapped, empty, and does not hear the last ``invalidate_range``).
         new_addr : int, optional
+            The place; a hint with ``MREMAP_DONTUNMAP`` alone.
 
         Returns
         -------
@@ -498,7 +547,7 @@ cdef class AddressSpace:
             result = mm_mremap(self.mm, at, old, new, flag_bits, target)
         self.leave()
         if result < 0:
-            raise syscall_error(result, "mremap with MREMAP_DONTUNMAP")
+            raise syscall_error(result, "mremap")
         return result
 
     def remap_file_pages(self, addr, length, page_offset):
@@ -683,6 +732,10 @@ cdef class AddressSpace:
         cdef dict owners = self.owners          # let go of without the lock
         if self.mm == NULL:
             return 0
+        if mm_is_mine(self.mm):
+            # its last reference went in a callback, while a file's truncation, say, was here: later
+            ends.append(self)
+            return 0
         thread_set_raised(NULL)
         self.lock()
         thread_set_inside(self.mm)
@@ -833,12 +886,12 @@ cdef class AddressSpace:
     def stats(self):
         """
         dict: ``faults`` and their kinds (``faults_zero _anon _file _reuse _cow _swap``), ``map_count``, ``total_pages``,
-        ``rss_pages``, ``swap_pages``; ``hooks`` (chains walked) and ``callbacks`` (run), by callback name; ``chain_nodes`` visited.
+        ``rss_pages``, ``swap_pages``, ``locked_pages``; ``hooks`` (chains walked) and ``callbacks`` (run), by callback name; ``chain_nodes`` visited.
         Hooks are counted only where a chain exists.
         """
         cdef FaultCounts faults
         cdef HookCounts hooks
-        cdef u64 map_count, total_pages, rss, swapped
+        cdef u64 map_count, total_pages, rss, swapped, locked
         self.look_begin()
         faults = self.mm.faults
         hooks = self.mm.hooks
@@ -846,12 +899,14 @@ cdef class AddressSpace:
         total_pages = self.mm.total_pages
         rss = self.mm.rss
         swapped = self.mm.swapped
+        locked = self.mm.locked_pages
         self.look_end()
         return {
             "faults": faults.zero + faults.anon + faults.file + faults.reuse + faults.cow + faults.swap,
             "faults_zero": faults.zero, "faults_anon": faults.anon, "faults_file": faults.file,
             "faults_reuse": faults.reuse, "faults_cow": faults.cow, "faults_swap": faults.swap,
             "map_count": map_count, "total_pages": total_pages, "rss_pages": rss, "swap_pages": swapped,
+            "locked_pages": locked,
             "hooks": hook_dict(hooks.walks), "callbacks": hook_dict(hooks.callbacks), "chain_nodes": hooks.cells,
         }
 

@@ -41,6 +41,7 @@ cdef const char *vmas_broken(MM *mm) noexcept nogil:
     cdef u64 count = 0
     cdef u64 total = 0
     cdef u64 data = 0
+    cdef u64 locked = 0
     cdef const char *reason
     while vma != NULL:
         if vma.prev != prev or vma.mm != mm or vma.start >= vma.end or (vma.start | vma.end) & (PAGE_SIZE - 1):
@@ -63,9 +64,11 @@ cdef const char *vmas_broken(MM *mm) noexcept nogil:
         total += vma_pages(vma)
         if is_data(vma.flags):
             data += vma_pages(vma)
+        if vma.flags & VM_LOCKED:
+            locked += vma_pages(vma)
         prev = vma
         vma = vma.next
-    if mm.last != prev or count != mm.map_count or total != mm.total_pages or data != mm.data_pages:
+    if mm.last != prev or count != mm.map_count or total != mm.total_pages or data != mm.data_pages or locked != mm.locked_pages:
         return "sums over the VMAs"
     if mm.made != count or mm.nspare < tree_reserve_size(mm, 0):
         return "reserve of nodes"
@@ -161,7 +164,7 @@ def check_memory(PhysicalMemory memory not None, spaces):
                 raise AssertionError(f"frame {pfn}: counts {mapcount_of(mem.frames[pfn].counts)} mappings, has {mapped[pfn]}")
             if mem.frames[pfn].counts:
                 used += 1
-                if mem.frames[pfn].owner == 0 and mapped[pfn]:
+                if mem.frames[pfn].owner == 0 and mapped[pfn]:      # a reference alone may keep what left its file
                     raise AssertionError(f"frame {pfn}: mapped without an owner")
             elif mem.frames[pfn].contents != NULL:
                 raise AssertionError(f"frame {pfn}: free with contents")

@@ -217,7 +217,8 @@ cdef inline int fault_write_protect(MM *mm, VMArea *vma, u64 addr, u64 *pte, Fra
     check(not vma.flags & VM_SHARED)
     if not pte[0] & PTE_ZERO:
         frame = frame_at(mm.mem, old)
-        if atomic_load(&frame.counts) == 1:         # anonymous: the page cache would count too
+        # anonymous: the page cache would count too, unless the page has just left it
+        if atomic_load(&frame.counts) == 1 and atomic_load(&frame.owner) & 1:
             frame_own(frame, vma, addr)     # from now on found here, not in the parent it came from
             pte[0] |= PTE_WRITE | PTE_DIRTY | PTE_YOUNG | PTE_EXCLUSIVE
             mm.faults.reuse += 1

@@ -1,5 +1,10 @@
 # Files: a page cache and the mappings of it; File, its face.
+#
+# Truncation and hole punching reach into every address space that maps the file.  What the file is afterwards stands first,
+# so that nothing gone can be mapped again; then each address space, one after the other: its lock is waited for with no
+# other held but Memory.cutting, which nobody waits for who has one.
 from weakref import ref
+from libc.errno cimport EFBIG
 
 cdef FileCache *file_new(Memory *mem, u64 size) noexcept nogil:
     """With one reference for the caller; NULL: no memory."""
@@ -19,36 +24,13 @@ cdef FileCache *file_new(Memory *mem, u64 size) noexcept nogil:
 cdef void file_free(FileCache *file) noexcept nogil:
     """Nobody refers to it any more: its page cache goes."""
     cdef Memory *mem = file.mem
-    cdef FrameBatch batch
-    cdef Table *leaf
     cdef u64 addr = 0
-    cdef u64 stop
-    cdef u64 i
-    # nobody finds the file by a frame's owner after this
-    pthread_mutex_lock(&mem.lock)
-    while True:
-        leaf = leaf_next(file.pages, &addr, 1ULL << 48, &stop)
-        if leaf == NULL:
-            break
-        for i in range(512):
-            if cache_pfn(leaf.entry[i]):
-                atomic_store(&frame_at(mem, leaf.entry[i]).owner, 0)
-            elif leaf.entry[i]:
-                cache_entry_forget(mem, leaf.entry[i])
-                leaf.entry[i] = 0
-        addr = stop
-    pthread_mutex_unlock(&mem.lock)
-    batch_begin(&batch, mem, 0)
-    addr = 0
-    while True:
-        leaf = leaf_next(file.pages, &addr, 1ULL << 48, &stop)
-        if leaf == NULL:
-            break
-        for i in range(512):
-            if leaf.entry[i]:
-                frame_put(&batch, leaf.entry[i])        # a pinned one stays
-        addr = stop
-    batch_end(&batch)
+    cdef bint more = True
+    while more:
+        # also: whoever found the file by a frame's owner did so under this lock
+        pthread_mutex_lock(&mem.lock)
+        more = file_drop_some(file, &addr, FILE_END)
+        pthread_mutex_unlock(&mem.lock)
     table_free(file.pages, 3)
     free(file)
 
@@ -69,10 +51,178 @@ cdef void file_put(FileCache *file) noexcept nogil:
         file_free(file)
 
 
-cdef void file_read(FileCache *file, u64 at, char *data, u64 count) noexcept nogil:
+cdef extern from * nogil:
+    """
+    #define IOPROC_FILE_END (1ULL << 48)
+    """
+    const u64 FILE_END "IOPROC_FILE_END"    # bytes: beyond every page cache
+
+
+cdef void page_forget(Memory *mem, u64 entry) noexcept nogil:
+    """
+    The page cache lets go of a page; its frame lives while it is mapped or pinned.  Memory.lock is held.
+    """
+    cdef Frame *frame = &mem.frames[cache_pfn(entry)]
+    cdef u32 freed = <u32> entry
+    if cache_pfn(entry) == 0:
+        cache_entry_forget(mem, entry)
+        return
+    atomic_store(&frame.owner, 0)           # nothing finds it by its page; first, for afterwards it may be another's
+    if atomic_sub(&frame.counts, ONE_REFERENCE) == 0:
+        free(frame.contents)
+        frame.contents = NULL
+        pool_give(mem, &freed, 1)
+
+
+cdef bint file_drop_some(FileCache *file, u64 *addr, u64 end) noexcept nogil:
+    """
+    The next pages of [*addr, end) leave the page cache, at most those of one table; *addr moves on.  False: none left.
+    Memory.lock is held.
+    """
+    cdef u64 stop, begin, i
+    cdef Table *leaf = leaf_next(file.pages, addr, end, &stop)
+    if leaf == NULL:
+        return False
+    begin = addr[0]
+    for i in range(table_index(begin, 0), table_index(begin, 0) + ((stop - begin) >> PAGE_SHIFT)):
+        if leaf.entry[i]:
+            page_forget(file.mem, leaf.entry[i])
+            leaf.entry[i] = 0
+            leaf.used -= 1
+    if leaf.used == 0:
+        leaf_drop(file.pages, begin)
+    addr[0] = stop
+    return True
+
+
+cdef void file_drop(FileCache *file, u64 start, u64 end) noexcept nogil:
+    """The pages of [start, end) leave the page cache.  Memory.lock is held."""
+    while file_drop_some(file, &start, end if end < FILE_END else FILE_END):
+        pass
+
+
+cdef void file_zero(FileCache *file, u64 start, u64 end) noexcept nogil:
+    """Part of a page.  Memory.lock is held."""
+    cdef u64 *entry = pte_find(file.pages, start) if start < FILE_END else NULL
+    cdef char *contents = <char *> cache_contents(file.mem, entry[0]) if entry != NULL else NULL
+    if contents != NULL:
+        memset(contents + (start & (PAGE_SIZE - 1)), 0, end - start)
+
+
+cdef bint vma_maps(const VMArea *vma, u64 start, u64 end, u64 *first, u64 *last) noexcept nogil:
+    """[*first, *last): where the VMA maps [start, end) of its file.  False: nowhere."""
+    cdef u64 low = vma.pgoff << PAGE_SHIFT
+    cdef u64 high = low + (vma.end - vma.start)
+    first[0] = vma.start + (start - low if start > low else 0)
+    last[0] = vma.end - (high - end if high > end else 0)
+    return start < high and low < end
+
+
+cdef VMArea *file_mapping(FileCache *file, const VMArea *after, const MM *mm) noexcept nogil:
+    """The next mapping of the file by `mm`, the first if `after` is NULL."""
+    cdef VMArea *vma
+    pthread_mutex_lock(&file.mem.lock)
+    vma = after.file_above if after != NULL else file.mappings
+    while vma != NULL and vma.mm != mm:
+        vma = vma.file_above
+    pthread_mutex_unlock(&file.mem.lock)
+    return vma
+
+
+cdef void mm_cut(MM *mm, FileCache *file, u64 start, u64 end, bint copies) noexcept nogil:
+    """Its part of `file_cut`."""
+    cdef FrameBatch batch
+    cdef u64 first, last
+    cdef VMArea *vma = file_mapping(file, NULL, mm)
+    batch_begin(&batch, mm.mem, 0)
+    while vma != NULL:
+        if vma_maps(vma, start, end, &first, &last):
+            fire_range(mm, INVALIDATE_RANGE, vma, first, last)
+            if copies:
+                zap_range(mm, first, last, &batch)
+            else:
+                zap_file_range(mm, first, last, &batch)
+        vma = file_mapping(file, vma, mm)
+    batch_end(&batch)
+
+
+cdef void file_cut(FileCache *file, u64 start, u64 end, bint copies) noexcept nogil:
+    """
+    Unmap the file's pages of [start, end) in every address space; with `copies` also what private mappings made of them.
+    Memory.cutting is held.
+    """
+    cdef Memory *mem = file.mem
+    cdef VMArea *vma
+    cdef MM *mm
+    cdef u64 first, last
+    mem.cuts += 1
+    while True:
+        mm = NULL
+        pthread_mutex_lock(&mem.lock)
+        vma = file.mappings
+        while vma != NULL and mm == NULL:
+            # a child of one that was cut needs no cut; of one that was not, it is on the list by now
+            if vma_maps(vma, start, end, &first, &last) and atomic_load(&vma.mm.cut) != mem.cuts:
+                mm = vma.mm
+                mm_hold(mm)
+            vma = vma.file_above
+        pthread_mutex_unlock(&mem.lock)
+        if mm == NULL:
+            return
+        mm_lock(mm)
+        thread_set_inside(mm)
+        mm_cut(mm, file, start, end, copies)
+        atomic_store(&mm.cut, mem.cuts)
+        thread_set_inside(NULL)
+        mm_unlock(mm)
+        mm_put(mm)
+
+
+cdef void file_truncate(FileCache *file, u64 size) noexcept nogil:
+    cdef Memory *mem = file.mem
+    cdef u64 kept = page_align(size)
+    cdef u64 old
+    pthread_mutex_lock(&mem.cutting)
+    pthread_mutex_lock(&mem.lock)
+    old = file.size
+    atomic_store(&file.size, size)
+    if size < old:
+        file_zero(file, size, kept)
+        file_drop(file, kept, UINT64_MAX)
+    pthread_mutex_unlock(&mem.lock)
+    if kept < old:
+        file_cut(file, kept, UINT64_MAX, True)
+    pthread_mutex_unlock(&mem.cutting)
+
+
+cdef void file_punch(FileCache *file, u64 start, u64 end) noexcept nogil:
+    """[start, end) reads as zeros from now on; private copies stay."""
+    cdef Memory *mem = file.mem
+    cdef u64 first = page_align(start)
+    cdef u64 last = end & PAGE_MASK
+    pthread_mutex_lock(&mem.cutting)
+    pthread_mutex_lock(&mem.lock)
+    if first > last:                        # inside one page
+        file_zero(file, start, end)
+    else:
+        file_zero(file, start, first)
+        file_zero(file, last, end)
+        file_drop(file, first, last)
+    pthread_mutex_unlock(&mem.lock)
+    if first < last:
+        file_cut(file, first, last, False)
+    pthread_mutex_unlock(&mem.cutting)
+
+
+cdef u64 file_read(FileCache *file, u64 at, char *data, u64 count) noexcept nogil:
+    """How many bytes there were.  Memory.lock is held."""
     cdef u64 *entry
     cdef u64 part
+    cdef u64 total = 0
     cdef const char *contents
+    if at < file.size:
+        total = count if count < file.size - at else file.size - at
+    count = total
     while count:
         part = PAGE_SIZE - (at & (PAGE_SIZE - 1))
         if part > count:
@@ -86,6 +236,7 @@ cdef void file_read(FileCache *file, u64 at, char *data, u64 count) noexcept nog
         at += part
         data += part
         count -= part
+    return total
 
 
 cdef bint file_write(FileCache *file, u64 at, const char *data, u64 count) noexcept nogil:
@@ -118,8 +269,15 @@ cdef bint file_write(FileCache *file, u64 at, const char *data, u64 count) noexc
         data += part
         count -= part
         if at > file.size:
-            file.size = at
+            atomic_store(&file.size, at)
     return True
+
+
+cdef u64 as_file_size(object size, str name) except? 0xfffffffffffffff1:
+    cdef u64 bytes_ = as_u64(size, name)
+    if bytes_ > 1ULL << 46:
+        raise ValueError(f"{name} = {size}: at most 2**46 bytes")
+    return bytes_
 
 
 @cython.no_gc_clear             # its end needs `mem`
@@ -132,19 +290,19 @@ cdef class File:
     mem : PhysicalMemory
     size : int
         Bytes.  An access to a mapping beyond the file's last page raises `BusError`.
+    memfd : bool
+        Shared memory, as memfd_create(2) makes it: there is no disk below, and its pages go to swap.
     """
     cdef FileCache *file
     cdef readonly PhysicalMemory mem
     cdef object __weakref__
 
-    def __cinit__(self, PhysicalMemory mem not None, size):
-        cdef u64 bytes_ = as_u64(size, "size")
-        if bytes_ > 1ULL << 46:
-            raise ValueError(f"size = {size}: at most 2**46 bytes")
+    def __cinit__(self, PhysicalMemory mem not None, size, memfd=False):
         self.mem = mem
-        self.file = file_new(mem.mem, bytes_)
+        self.file = file_new(mem.mem, as_file_size(size, "size"))
         if self.file == NULL:
             raise MemoryError("File")
+        self.file.memfd = memfd
         faces[<size_t> self.file] = ref(self)
 
     def __dealloc__(self):
@@ -156,7 +314,7 @@ cdef class File:
     @property
     def size(self):
         """int: bytes."""
-        return self.file.size
+        return atomic_load(&self.file.size)
 
     def read(self, offset, n):
         """
@@ -165,19 +323,21 @@ cdef class File:
         cdef u64 at = as_u64(offset, "offset")
         cdef u64 count = as_u64(n, "n")
         cdef FileCache *file = self.file
+        cdef u64 size = atomic_load(&file.size)
+        cdef u64 done
         cdef bytes result
         cdef char *data
-        if at >= file.size:
+        if at >= size:
             return b""
-        if count > file.size - at:
-            count = file.size - at
+        if count > size - at:
+            count = size - at
         result = PyBytes_FromStringAndSize(NULL, count)
         data = result
         with nogil:
             pthread_mutex_lock(&file.mem.lock)
-            file_read(file, at, data, count)
+            done = file_read(file, at, data, count)
             pthread_mutex_unlock(&file.mem.lock)
-        return result
+        return result if done == count else result[:done]       # truncated meanwhile
 
     def write(self, offset, data):
         """
@@ -208,6 +368,41 @@ cdef class File:
         raise_pending()
         if not done:
             raise MemoryError("no frame for the page cache")
+
+    def truncate(self, size):
+        """
+        Set the size, as ``ftruncate``.  A smaller one: ``invalidate_range`` for what each VMA of any address space maps beyond
+        the last page, and these pages go, also the copies of private mappings; the rest of the last page becomes zeros.
+        A larger one fires nothing.
+
+        Callbacks run in the thread that calls this, under the lock of one address space after the other.
+        """
+        cdef u64 bytes_ = as_file_size(size, "size")
+        refuse_in_callback()
+        with nogil:
+            file_truncate(self.file, bytes_)
+        raise_pending()
+
+    def punch_hole(self, offset, length):
+        """
+        Make ``[offset, offset + length)`` zeros, as ``fallocate`` with ``FALLOC_FL_PUNCH_HOLE``.  The pages wholly inside go:
+        ``invalidate_range`` for what each VMA of any address space maps of them; copies of private mappings stay.
+
+        Raises
+        ------
+        OSError
+            EINVAL: `length` is 0.  EFBIG: the range ends beyond the largest offset of a file.
+        """
+        cdef u64 at = as_u64(offset, "offset")
+        cdef u64 count = as_u64(length, "length")
+        refuse_in_callback()
+        if count == 0:
+            raise syscall_error(-EINVAL, "")
+        if at > FILE_LIMIT or count > FILE_LIMIT - at:
+            raise syscall_error(-EFBIG, "")
+        with nogil:
+            file_punch(self.file, at, at + count)
+        raise_pending()
 
     def __repr__(self):
         return f"<ioproc.File: {self.size} bytes>"

@@ -178,7 +178,8 @@ cdef inline void frame_put(FrameBatch *batch, u64 pfn) noexcept nogil:
 
 cdef inline void frame_keep_dirty(Frame *frame) noexcept nogil:
     """A dirty entry that may map a file's page is about to go."""
-    if not atomic_load(&frame.owner) & (OWNER_ANON | OWNER_DIRTY):
+    cdef u64 owner = atomic_load(&frame.owner)
+    if owner and not owner & (OWNER_ANON | OWNER_DIRTY):
         atomic_or(&frame.owner, OWNER_DIRTY)
 
 

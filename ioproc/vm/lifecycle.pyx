@@ -29,6 +29,7 @@ cdef Memory *memory_new(u64 frames, u64 swap_slots) noexcept nogil:
     mem.nslots = swap_slots
     mem.fresh_slot = 1
     pthread_mutex_init(&mem.lock, NULL)
+    pthread_mutex_init(&mem.cutting, NULL)
     return mem
 
 
@@ -47,6 +48,7 @@ cdef void memory_release(Memory *mem) noexcept nogil:
 
 cdef void memory_free(Memory *mem) noexcept nogil:
     pthread_mutex_destroy(&mem.lock)
+    pthread_mutex_destroy(&mem.cutting)
     memory_release(mem)
 
 
@@ -61,9 +63,11 @@ cdef MM *mm_new(Memory *mem) noexcept nogil:
         return NULL
     pthread_mutex_init(&mm.lock, NULL)
     mm.mem = mem
+    mm.refs = 1
     mm.max_map_count = 65530
     mm.limit_as = UINT64_MAX
     mm.limit_data = UINT64_MAX
+    mm.limit_memlock = UINT64_MAX
     return mm
 
 
@@ -87,22 +91,39 @@ cdef void mm_free(MM *mm) noexcept nogil:
     free(mm)
 
 
+cdef void mm_put(MM *mm) noexcept nogil:
+    """The last one frees it: long after mm_teardown, perhaps."""
+    if atomic_sub(&mm.refs, 1) == 0:
+        mm_free(mm)
+
+
+cdef void mm_discard(MM *mm) noexcept nogil:
+    """One that no Python object has yet."""
+    mm_lock(mm)
+    mm_teardown(mm)
+    mm_unlock(mm)
+    mm_put(mm)
+
+
 cdef bint fork_vmas(MM *parent, MM *child) noexcept nogil:
     cdef VMArea *vma = parent.first
     cdef VMArea *copy
-    cdef bint done
+    cdef bint copied, done
     while vma != NULL:
         if not vma.flags & VM_DONTCOPY:
             copy = vma_new(child, vma.start, vma.end, vma.pgoff, vma.flags & ~<u64> VM_LOCKED, vma.file)
             if copy == NULL:
                 return False
             copy.attach = vma.attach
-            pthread_mutex_lock(&parent.mem.lock)
-            done = anon_fork(copy, vma)
-            pthread_mutex_unlock(&parent.mem.lock)
-            vma_insert(child, copy)
             # what was never written privately can be faulted in again
-            if not done or (vma.anon != NULL and not fork_range(parent, child, vma)):
+            copied = vma.anon != NULL and not vma.flags & VM_WIPEONFORK
+            done = True
+            if copied:
+                pthread_mutex_lock(&parent.mem.lock)
+                done = anon_fork(copy, vma)
+                pthread_mutex_unlock(&parent.mem.lock)
+            vma_insert(child, copy)
+            if not done or (copied and not fork_range(parent, child, vma)):
                 return False
             if vma.flags & (VM_PFNMAP | VM_NONLINEAR) and not fork_shared_range(parent, child, vma):
                 return False
@@ -116,6 +137,8 @@ cdef MM *mm_fork(MM *parent) noexcept nogil:
     cdef bint done
     if child == NULL:
         return NULL
+    mm_lock(child)                          # what looks through a file's mappings finds it before it is filled
+    child.cut = atomic_load(&parent.cut)
     child.start_brk = parent.start_brk
     child.attaches = parent.attaches
     child.brk = parent.brk
@@ -123,12 +146,10 @@ cdef MM *mm_fork(MM *parent) noexcept nogil:
     child.nonlinear = parent.nonlinear
     child.limit_as = parent.limit_as
     child.limit_data = parent.limit_data
-    mm_lock(child)                          # reclaim may find it by what it shares
+    child.limit_memlock = parent.limit_memlock
     done = fork_vmas(parent, child)
-    if not done:
-        mm_teardown(child)
     mm_unlock(child)
     if not done:
-        mm_free(child)
+        mm_discard(child)
         return NULL
     return child

@@ -5,6 +5,10 @@
 cdef dict faces = {}
 
 
+# Address spaces whose end came while their lock was held by the thread it came in.
+cdef list ends = []
+
+
 cdef object face_of(const void *what):
     """The face, or None if there is none or it is going."""
     known = faces.get(<size_t> what)

@@ -213,11 +213,9 @@ cdef VMArea *merge_existing(MM *mm, Proposed *want) noexcept nogil:
 
 
 cdef void vma_set_flags(VMArea *vma, u64 flags) noexcept nogil:
-    if is_data(vma.flags):
-        vma.mm.data_pages -= vma_pages(vma)
+    pages_count(vma.mm, vma.flags, 0 - vma_pages(vma))
     vma.flags = flags
-    if is_data(flags):
-        vma.mm.data_pages += vma_pages(vma)
+    pages_count(vma.mm, flags, vma_pages(vma))
 
 
 cdef int vma_modify(MM *mm, VMArea **at, u64 start, u64 end, u64 flags, Chain *chain) noexcept nogil:

@@ -1,7 +1,7 @@
 # The data model: what an address space, a VMA, a file and a frame are.  Everything else in vm/ is what happens to them.
 #
 # Locks: MM.lock covers an address space with its VMAs, page tables and chains.  Memory.lock covers what address spaces
-# share: the frame pool, page caches and the reverse map's lists.  Order: MM.lock, then Memory.lock.
+# share: the frame pool, page caches and the reverse map's lists.  Order: Memory.cutting, then MM.lock, then Memory.lock.
 from libc.stdint cimport int64_t as i64, uint32_t as u32, uint64_t as u64
 from ioproc.hooks.chain cimport Chain, HookCounts, ioproc_ops
 
@@ -57,6 +57,7 @@ cdef enum:
     VM_NORESERVE = 0x200000
     VM_SYSV_SHM = 0x400000      # an attached shared-memory segment: what shmdt looks for
     VM_NONLINEAR = 0x800000     # 2.6.12's remap_file_pages: pages in any order
+    VM_WIPEONFORK = 0x2000000
     VM_DONTDUMP = 0x4000000
     VM_HUGEPAGE = 0x20000000
     VM_NOHUGEPAGE = 0x40000000
@@ -124,6 +125,8 @@ cdef struct Memory:
     ReclaimCounts reclaim
     Victims *victims            # NULL: nobody asks
     Table *device               # what was written to device memory: pfn -> PAGE_SIZE bytes; NULL: nothing
+    u64 cuts                    # truncations and holes so far
+    pthread_mutex_t cutting     # one of them at a time
     pthread_mutex_t lock
 
 cdef struct Table:              # one node of a page table: an entry is a PTE or a Table *
@@ -211,6 +214,7 @@ cdef struct MM:
     u64 map_count
     u64 total_pages             # mapped, present or not
     u64 data_pages              # private writable
+    u64 locked_pages            # VM_LOCKED
     u64 rss                     # page-table entries that map a counted frame
     u64 swapped                 # swap entries
     u64 start_brk
@@ -219,6 +223,7 @@ cdef struct MM:
     u64 attaches                # shmat() calls so far, here or before the fork
     u64 limit_as                # bytes
     u64 limit_data
+    u64 limit_memlock
     Chain *chain
     Chain *cells                # live cells, to intern
     Attached *attached
@@ -226,6 +231,8 @@ cdef struct MM:
     FaultCounts faults
     u64 owner                   # the thread that holds the lock, 0: nobody
     bint nonlinear              # remap_file_pages as in 2.6.12
+    u64 refs                    # its users as one, and who found it by what it maps
+    u64 cut                     # the last of Memory.cuts that was here
     bint dead                   # exited
     void *face                  # the Python object, borrowed; under the GIL
 
@@ -277,6 +284,11 @@ cdef inline void mm_unlock(MM *mm) noexcept nogil:
 cdef inline bint mm_is_mine(const MM *mm) noexcept nogil:
     """This thread holds the lock: nobody else could have written its name there."""
     return atomic_load(&mm.owner) == <u64> pthread_self()
+
+
+cdef inline void mm_hold(MM *mm) noexcept nogil:
+    """For who found it under Memory.lock by a VMA it still had then; `mm_put` ends that."""
+    atomic_add(&mm.refs, 1)
 
 
 cdef inline u64 page_align(u64 length) noexcept nogil:

@@ -74,21 +74,28 @@ cdef int mm_munmap(MM *mm, u64 start, u64 length) noexcept nogil:
     return unmap_range(mm, start, start + page_align(length))
 
 
-cdef void populate(MM *mm, u64 start, u64 end) noexcept nogil:
-    """MAP_POPULATE, MAP_LOCKED: as far as it goes; a failure is not the caller's."""
+cdef int populate(MM *mm, u64 start, u64 end, bint strict) noexcept nogil:
+    """
+    Fault in what is mapped.  `strict` (mlock): up to the first failure, which is -ENOMEM, or -EAGAIN for want of a frame;
+    else (MAP_POPULATE, MAP_LOCKED) as far as it goes, and a failure is not the caller's.
+    """
     cdef VMArea *vma = vma_first_in(mm, start, end)
     cdef FrameBatch batch
     cdef u64 faulted, stopped, first, last
     cdef bint write
+    cdef int why
     while vma != NULL:
         first = vma.start if vma.start > start else start
         last = vma.end if vma.end < end else end
-        if vma.flags & VM_ACCESS:
+        if not vma.flags & VM_SPECIAL:
             write = vma.flags & (VM_WRITE | VM_SHARED) == VM_WRITE
             batch_begin(&batch, mm.mem, (last - first) >> PAGE_SHIFT)
-            touch_range(mm, first, last, write, &batch, &faulted, &stopped)
+            why = touch_range(mm, first, last, write, &batch, &faulted, &stopped)
             batch_end(&batch)
+            if why and strict:
+                return -EAGAIN if why == ACCESS_OOM else -ENOMEM
         vma = vma_next_in(vma, end)
+    return 0
 
 
 cdef i64 address_find(MM *mm, u64 addr, u64 length, bint fixed) noexcept nogil:
@@ -164,6 +171,7 @@ cdef i64 mm_mmap(MM *mm, u64 addr, u64 length, u64 prot, u64 flags, FileCache *f
     cdef bint fixed = flags & (MAP_FIXED | MAP_FIXED_NOREPLACE) != 0
     cdef FileCache *made = NULL
     cdef i64 result
+    cdef int error
     if offset & (PAGE_SIZE - 1):
         return -EINVAL
     if flags & MAP_ANONYMOUS:
@@ -189,6 +197,10 @@ cdef i64 mm_mmap(MM *mm, u64 addr, u64 length, u64 prot, u64 flags, FileCache *f
     addr = <u64> result
     if flags & MAP_FIXED_NOREPLACE and vma_first_in(mm, addr, addr + length) != NULL:
         return -EEXIST
+    if flags & MAP_LOCKED:
+        error = lock_checked(mm, length >> PAGE_SHIFT)
+        if error:
+            return error
     if file != NULL and pgoff > (FILE_LIMIT - length) >> PAGE_SHIFT:
         return -EOVERFLOW
     if type == MAP_SHARED_VALIDATE and file != NULL and flags & MAP_FIXED_NOREPLACE:
@@ -211,7 +223,7 @@ cdef i64 mm_mmap(MM *mm, u64 addr, u64 length, u64 prot, u64 flags, FileCache *f
     if made != NULL:
         file_put(made)
     if result >= 0 and (flags & MAP_LOCKED or flags & (MAP_POPULATE | MAP_NONBLOCK) == MAP_POPULATE):
-        populate(mm, addr, addr + length)
+        populate(mm, addr, addr + length, False)
     return result
 
 
@@ -239,7 +251,7 @@ cdef u64 mm_brk(MM *mm, u64 brk) noexcept nogil:
 
 cdef i64 mm_shmat(MM *mm, FileCache *file, u64 addr, bint readonly) noexcept nogil:
     cdef u64 flags = VM_READ | VM_MAYREAD | VM_MAYEXEC | VM_SHARED | VM_SYSV_SHM
-    cdef u64 length = page_align(file.size)
+    cdef u64 length = page_align(atomic_load(&file.size))
     cdef i64 result
     if not readonly:
         flags |= VM_WRITE | VM_MAYWRITE
@@ -274,5 +286,5 @@ cdef int mm_shmdt(MM *mm, u64 addr) noexcept nogil:
                 and (attach == 0 or vma.attach == attach)):
             if attach == 0:
                 attach = vma.attach
-                end = addr + page_align(vma.file.size)
+                end = addr + page_align(atomic_load(&vma.file.size))
             unmap_range(mm, vma.start, vma.end)

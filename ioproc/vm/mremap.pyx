@@ -37,8 +37,17 @@ cdef VMArea *vma_move_target(MM *mm, VMArea *vma, u64 old, u64 new, u64 length) 
     return copy
 
 
-cdef i64 move_vma(MM *mm, VMArea *vma, u64 old, u64 old_length, u64 new, u64 new_length) noexcept nogil:
-    """`new` is free.  The entries of [old, old + old_length) move; the old place is unmapped."""
+cdef void vma_vacate(VMArea *vma, bint whole) noexcept nogil:
+    """MREMAP_DONTUNMAP took the pages of `vma`: with all of them it is as if never written."""
+    vma_set_flags(vma, vma.flags & ~<u64> VM_LOCKED)
+    if whole and vma.anon != NULL:
+        pthread_mutex_lock(&vma.mm.mem.lock)
+        anon_unlink(vma)
+        pthread_mutex_unlock(&vma.mm.mem.lock)
+
+
+cdef i64 move_vma(MM *mm, VMArea *vma, u64 old, u64 old_length, u64 new, u64 new_length, int flags) noexcept nogil:
+    """`new` is free.  The entries of [old, old + old_length) move; the old place is unmapped, or not."""
     cdef VMArea *target
     cdef u64 moved = old_length if old_length < new_length else new_length
     if mm.map_count + 3 >= mm.max_map_count:
@@ -56,18 +65,21 @@ cdef i64 move_vma(MM *mm, VMArea *vma, u64 old, u64 old_length, u64 new, u64 new
     fire_range(mm, INVALIDATE_RANGE, vma, old, old + moved)
     fire_range(mm, INVALIDATE_RANGE, target, new, new + moved)
     move_range(mm, old, new, moved)
-    unmap_range(mm, old, old + old_length)
+    if flags & MREMAP_DONTUNMAP:
+        vma_vacate(vma, vma != target and vma.start == old and vma.end == old + old_length)
+    else:
+        unmap_range(mm, old, old + old_length)
     return <i64> new
 
 
-cdef i64 mremap_check_resize(MM *mm, VMArea *vma, u64 addr, u64 old_length, u64 new_length, bint fixed) noexcept nogil:
+cdef i64 mremap_check_resize(MM *mm, VMArea *vma, u64 addr, u64 old_length, u64 new_length, bint placed) noexcept nogil:
     """What growing, or moving one VMA with a new length, must satisfy."""
     cdef u64 pgoff
     if vma == NULL:
         return -EFAULT
     if new_length <= old_length:
         # what shrinks may reach beyond the VMA, what moves may not
-        return -EFAULT if fixed and new_length > vma.end - addr else 0
+        return -EFAULT if placed and new_length > vma.end - addr else 0
     if old_length == 0 and not vma.flags & VM_SHARED:
         return -EINVAL
     if old_length > vma.end - addr:
@@ -77,30 +89,38 @@ cdef i64 mremap_check_resize(MM *mm, VMArea *vma, u64 addr, u64 old_length, u64 
         return -EINVAL
     if vma.flags & (VM_DONTEXPAND | VM_PFNMAP):
         return -EFAULT
+    if vma.flags & VM_LOCKED and not may_lock(mm, (new_length - old_length) >> PAGE_SHIFT):
+        return -EAGAIN
     if not may_expand(mm, vma.flags, (new_length - old_length) >> PAGE_SHIFT):
         return -ENOMEM
     return 0
 
 
-cdef i64 mremap_to(MM *mm, u64 addr, u64 old_length, u64 new_length, u64 new) noexcept nogil:
-    """To a fixed place, which is unmapped first."""
+cdef i64 mremap_to(MM *mm, u64 addr, u64 old_length, u64 new_length, u64 new, int flags) noexcept nogil:
+    """To a fixed place, which is unmapped first, or with MREMAP_DONTUNMAP alone near to `new`."""
     cdef VMArea *vma
-    cdef i64 error = unmap_range(mm, new, new + new_length)
+    cdef i64 found
+    cdef i64 error = unmap_range(mm, new, new + new_length) if flags & MREMAP_FIXED else 0
     if error:
         return error
     vma = vma_at(mm, addr)
     if vma == NULL:
         return -EFAULT
+    if flags & MREMAP_DONTUNMAP and not may_expand(mm, vma.flags, old_length >> PAGE_SHIFT):
+        return -ENOMEM
     if old_length > new_length:
         error = mm_munmap(mm, addr + new_length, old_length - new_length)
         if error:
             return error
         old_length = new_length
         vma = vma_at(mm, addr)
-    return move_vma(mm, vma, addr, old_length, new, new_length)
+    found = address_find(mm, new, new_length, flags & MREMAP_FIXED != 0)
+    if found < 0:
+        return found
+    return move_vma(mm, vma, addr, old_length, <u64> found, new_length, flags)
 
 
-cdef i64 mremap_move_all(MM *mm, u64 addr, u64 length, u64 new) noexcept nogil:
+cdef i64 mremap_move_all(MM *mm, u64 addr, u64 length, u64 new, int flags) noexcept nogil:
     """
     Every VMA of the range, with the gaps between them; none may be missing at its start.  An attached segment moves only
     alone, and whole.
@@ -118,7 +138,7 @@ cdef i64 mremap_move_all(MM *mm, u64 addr, u64 length, u64 new) noexcept nogil:
         stop = vma.end if vma.end < end else end
         if vma.flags & VM_SYSV_SHM and (at > addr or vma.end < end):
             return -EFAULT
-        result = mremap_to(mm, at, stop - at, stop - at, new + (at - addr))
+        result = mremap_to(mm, at, stop - at, stop - at, new + (at - addr), flags)
         if result < 0:
             return result
         at = stop
@@ -155,7 +175,7 @@ cdef i64 mm_mremap(MM *mm, u64 addr, u64 old_length, u64 new_length, int flags, 
     if result >= 0 and new_length > old_length:
         vma = vma_at(mm, <u64> result)
         if vma.flags & VM_LOCKED:
-            populate(mm, <u64> result + old_length, <u64> result + new_length)
+            populate(mm, <u64> result + old_length, <u64> result + new_length, False)
     return result
 
 
@@ -164,30 +184,31 @@ cdef i64 mremap_unlocked(MM *mm, u64 addr, u64 old_length, u64 new_length, int f
     cdef VMArea *vma
     cdef i64 error
     cdef i64 found
-    if flags & MREMAP_DONTUNMAP:
-        return -ENOSYS                      # not modelled yet
+    cdef bint placed = flags & (MREMAP_FIXED | MREMAP_DONTUNMAP) != 0
     old_length = page_align(old_length)
     new_length = page_align(new_length)
-    if flags & ~(MREMAP_FIXED | MREMAP_MAYMOVE) or addr & (PAGE_SIZE - 1):
+    if flags & ~(MREMAP_FIXED | MREMAP_MAYMOVE | MREMAP_DONTUNMAP) or addr & (PAGE_SIZE - 1):
         return -EINVAL
     if new_length == 0 or new_length > TASK_SIZE:
         return -EINVAL
-    if flags & MREMAP_FIXED:
+    if placed:
         if new > TASK_SIZE - new_length or new & (PAGE_SIZE - 1) or not flags & MREMAP_MAYMOVE:
+            return -EINVAL
+        if flags & MREMAP_DONTUNMAP and old_length != new_length:
             return -EINVAL
         if addr + old_length > new and new + new_length > addr:
             return -EINVAL
         # a move needs up to four mappings more for a while
         if mm.map_count + 5 >= mm.max_map_count:
             return -ENOMEM
-        if old_length == new_length:
-            return mremap_move_all(mm, addr, old_length, new)
+        if old_length == new_length and flags & MREMAP_FIXED:
+            return mremap_move_all(mm, addr, old_length, new, flags)
     vma = vma_at(mm, addr)
-    error = mremap_check_resize(mm, vma, addr, old_length, new_length, flags & MREMAP_FIXED != 0)
+    error = mremap_check_resize(mm, vma, addr, old_length, new_length, placed)
     if error:
         return error
-    if flags & MREMAP_FIXED:
-        return mremap_to(mm, addr, old_length, new_length, new)
+    if placed:
+        return mremap_to(mm, addr, old_length, new_length, new, flags)
     if new_length < old_length:
         error = mm_munmap(mm, addr + new_length, old_length - new_length)
         return error if error else <i64> addr
@@ -200,4 +221,4 @@ cdef i64 mremap_unlocked(MM *mm, u64 addr, u64 old_length, u64 new_length, int f
     found = address_find(mm, 0, new_length, False)
     if found < 0:
         return found
-    return move_vma(mm, vma, addr, old_length, <u64> found, new_length)
+    return move_vma(mm, vma, addr, old_length, <u64> found, new_length, flags)

@@ -8,6 +8,7 @@ cdef int mm_remap_file_pages(MM *mm, u64 start, u64 length, u64 pgoff) noexcept 
     cdef VMArea *last
     cdef u64 kept = VM_ACCESS | VM_MAYACCESS | VM_SHARED | VM_LOCKED | VM_SYSV_SHM
     cdef i64 result
+    cdef int error
     start &= PAGE_MASK
     length &= PAGE_MASK
     if end <= start or pgoff + (length >> PAGE_SHIFT) < pgoff:
@@ -27,12 +28,16 @@ cdef int mm_remap_file_pages(MM *mm, u64 start, u64 length, u64 pgoff) noexcept 
             return -EINVAL
     if mm.map_count > mm.max_map_count:
         return -ENOMEM
+    if vma.flags & VM_LOCKED:
+        error = lock_checked(mm, length >> PAGE_SHIFT)
+        if error:
+            return error
     if pgoff > (FILE_LIMIT - length) >> PAGE_SHIFT:
         return -EOVERFLOW
     result = map_range(mm, start, length, vma.flags & kept, vma.file, pgoff, vma.attach, False)
     if result < 0:
         return <int> result
-    populate(mm, start, end)
+    populate(mm, start, end, False)
     return 0
 
 

@@ -1,5 +1,5 @@
 # mprotect, madvise and msync.
-from libc.errno cimport EACCES, EAGAIN, EBUSY
+from libc.errno cimport EACCES, EBUSY
 
 cdef enum:
     PROT_SEM = 0x8
@@ -61,7 +61,7 @@ cdef int vma_protect(MM *mm, VMArea *vma, u64 start, u64 end, u64 flags) noexcep
     fire_protection(mm, vma, start, end, <u32> (flags & VM_ACCESS))
     protect_range(mm, vma, start, end)
     if flags & VM_WRITE and old & (VM_WRITE | VM_SHARED | VM_LOCKED) == VM_LOCKED:
-        populate(mm, start, end)            # locked memory takes its write faults now
+        populate(mm, start, end, False)            # locked memory takes its write faults now
     return 0
 
 
@@ -72,12 +72,20 @@ cdef enum Advice:
     MADV_WILLNEED
     MADV_DONTNEED
     MADV_FREE = 8
+    MADV_REMOVE = 9
     MADV_DONTFORK = 10
     MADV_DOFORK = 11
     MADV_HUGEPAGE = 14
     MADV_NOHUGEPAGE = 15
     MADV_DONTDUMP = 16
     MADV_DODUMP = 17
+    MADV_WIPEONFORK = 18
+    MADV_KEEPONFORK = 19
+    MADV_COLD = 20
+    MADV_PAGEOUT
+    MADV_POPULATE_READ
+    MADV_POPULATE_WRITE = 23
+    MADV_DONTNEED_LOCKED = 24
 
 
 cdef u64 advised_flags(u64 flags, int advice) noexcept nogil:
@@ -99,6 +107,10 @@ cdef u64 advised_flags(u64 flags, int advice) noexcept nogil:
         return flags | VM_DONTDUMP
     if advice == MADV_DODUMP:
         return flags & ~<u64> VM_DONTDUMP
+    if advice == MADV_WIPEONFORK:
+        return flags | VM_WIPEONFORK
+    if advice == MADV_KEEPONFORK:
+        return flags & ~<u64> VM_WIPEONFORK
     return flags
 
 
@@ -106,13 +118,73 @@ cdef int advice_known(int advice) noexcept nogil:
     """0; -EINVAL for what is no advice; -ENOSYS for what the model does not have yet."""
     if advice < 0:
         return -EINVAL
-    if MADV_NORMAL <= advice <= MADV_DONTNEED or MADV_HUGEPAGE <= advice <= MADV_DODUMP:
+    if MADV_NORMAL <= advice <= MADV_DONTNEED or MADV_HUGEPAGE <= advice <= MADV_KEEPONFORK:
         return 0
-    if advice == MADV_FREE or advice == MADV_DONTFORK or advice == MADV_DOFORK:
+    if MADV_FREE <= advice <= MADV_DOFORK or MADV_COLD <= advice <= MADV_DONTNEED_LOCKED:
         return 0
     if 8 <= advice <= 25 or 100 <= advice <= 103:
         return -ENOSYS
     return -EINVAL
+
+
+cdef int populate_advised(MM *mm, u64 start, u64 end, bint write) noexcept nogil:
+    """As far as it goes; why no further is the caller's to know."""
+    cdef VMArea *vma
+    cdef FrameBatch batch
+    cdef u64 stop, faulted, stopped
+    cdef int why
+    while start < end:
+        vma = vma_at(mm, start)
+        if vma == NULL:
+            return -ENOMEM
+        if not vma.flags & (VM_WRITE if write else VM_READ):
+            return -EINVAL
+        stop = vma.end if vma.end < end else end
+        batch_begin(&batch, mm.mem, (stop - start) >> PAGE_SHIFT)
+        why = touch_range(mm, start, stop, write, &batch, &faulted, &stopped)
+        batch_end(&batch)
+        if why:
+            return -EFAULT if why == ACCESS_BUS else -ENOMEM
+        start = stop
+    return 0
+
+
+cdef void remove_advised(MM *mm, VMArea *vma, u64 start, u64 end) noexcept nogil:
+    """A hole in the file.  The lock is let go of meanwhile, and `vma` may be gone after."""
+    cdef FileCache *file = vma.file
+    cdef u64 offset = vma_index(vma, start) << PAGE_SHIFT
+    file_hold(file)
+    thread_set_inside(NULL)
+    mm_unlock(mm)
+    file_punch(file, offset, offset + (end - start))
+    mm_lock(mm)
+    thread_set_inside(mm)
+    file_put(file)
+
+
+cdef void pages_unused(MM *mm, u64 start, u64 end, bint out) noexcept nogil:
+    """MADV_COLD, MADV_PAGEOUT: the pages of the range that nobody else maps are old, or go `out` at once."""
+    cdef Memory *mem = mm.mem
+    cdef u64 addr = start
+    cdef u64 stop
+    cdef u64 *pte
+    cdef Table *leaf
+    cdef Scan scan
+    scan_begin(&scan, mem)
+    while True:
+        leaf = leaf_next(mm.root, &addr, end, &stop)        # anew for each page: the last one's table may be gone
+        if leaf == NULL:
+            break
+        pte = &leaf.entry[table_index(addr, 0)]
+        if pte[0] and not pte[0] & PTE_UNCOUNTED and mapcount_of(atomic_load(&frame_at(mem, pte_pfn(pte[0])).counts)) == 1:
+            if out:
+                pthread_mutex_lock(&mem.lock)
+                reclaim_frame(&scan, pte_pfn(pte[0]), True)
+                pthread_mutex_unlock(&mem.lock)
+            else:
+                pte[0] &= ~<u64> PTE_YOUNG
+        addr += PAGE_SIZE
+    scan_end(&scan)
 
 
 cdef int mm_madvise(MM *mm, u64 start, u64 length, int advice) noexcept nogil:
@@ -127,6 +199,8 @@ cdef int mm_madvise(MM *mm, u64 start, u64 length, int advice) noexcept nogil:
         return error
     if start & (PAGE_SIZE - 1) or (length and page_align(length) == 0) or end < start:
         return -EINVAL
+    if advice == MADV_POPULATE_READ or advice == MADV_POPULATE_WRITE:
+        return populate_advised(mm, start, end, advice == MADV_POPULATE_WRITE)
     while start < end:
         vma = vma_first_in(mm, start, end)
         if vma == NULL:
@@ -135,8 +209,8 @@ cdef int mm_madvise(MM *mm, u64 start, u64 length, int advice) noexcept nogil:
             result = -ENOMEM
             start = vma.start
         stop = vma.end if vma.end < end else end
-        if advice == MADV_DONTNEED:
-            if vma.flags & (VM_LOCKED | VM_PFNMAP):
+        if advice == MADV_DONTNEED or advice == MADV_DONTNEED_LOCKED:
+            if vma.flags & VM_PFNMAP or (vma.flags & VM_LOCKED and advice == MADV_DONTNEED):
                 return -EINVAL
             fire_range(mm, INVALIDATE_RANGE, vma, start, stop)
             batch_begin(&batch, mm.mem, 0)
@@ -152,6 +226,18 @@ cdef int mm_madvise(MM *mm, u64 start, u64 length, int advice) noexcept nogil:
             batch_begin(&batch, mm.mem, 0)
             free_range(mm, start, stop, &batch)
             batch_end(&batch)
+        elif advice == MADV_COLD or advice == MADV_PAGEOUT:
+            if vma.flags & (VM_LOCKED | VM_SPECIAL):
+                return -EINVAL
+            pages_unused(mm, start, stop, advice == MADV_PAGEOUT)
+        elif advice == MADV_REMOVE:
+            if vma.flags & VM_LOCKED or vma_is_anonymous(vma):
+                return -EINVAL
+            if vma.flags & (VM_SHARED | VM_MAYWRITE) != VM_SHARED | VM_MAYWRITE:
+                return -EACCES
+            remove_advised(mm, vma, start, stop)
+        elif advice == MADV_WIPEONFORK and not vma_is_anonymous(vma):
+            return -EINVAL
         elif vma.flags & VM_SPECIAL and (advice == MADV_DOFORK or advice == MADV_DODUMP):
             return -EINVAL
         elif advised_flags(vma.flags, advice) != vma.flags:

@@ -9,7 +9,7 @@ from libc.string cimport memcpy, memmove
 from posix.stdlib cimport posix_memalign
 from ioproc.hooks.chain cimport likely, unlikely
 from ioproc.vm.mm cimport (
-    MM, MMAP_MIN, NODE_ENTRIES, PAGE_SHIFT, VM_GROWSDOWN, VM_SHARED, VM_WRITE, Entry, Node, VMArea, check,
+    MM, MMAP_MIN, NODE_ENTRIES, PAGE_SHIFT, VM_GROWSDOWN, VM_LOCKED, VM_SHARED, VM_WRITE, Entry, Node, VMArea, check,
     pthread_mutex_lock, pthread_mutex_unlock)
 
 cdef enum:
@@ -77,6 +77,15 @@ cdef inline bint vma_is_anonymous(const VMArea *vma) noexcept nogil:
 cdef inline bint is_data(u64 flags) noexcept nogil:
     """Counts against RLIMIT_DATA."""
     return flags & (VM_WRITE | VM_SHARED) == VM_WRITE
+
+
+cdef inline void pages_count(MM *mm, u64 flags, u64 pages) noexcept nogil:
+    """So many more, which may be negative, in VMAs with these flags."""
+    mm.total_pages += pages
+    if is_data(flags):
+        mm.data_pages += pages
+    if flags & VM_LOCKED:
+        mm.locked_pages += pages
 
 
 cdef inline u64 vma_start_gap(const VMArea *vma) noexcept nogil:
@@ -366,9 +375,7 @@ cdef inline void vma_resize(VMArea *vma, u64 start, u64 end) noexcept nogil:
     vma.end = end
     if listed:
         pthread_mutex_unlock(&mm.mem.lock)
-    mm.total_pages += vma_pages(vma) - pages
-    if is_data(vma.flags):
-        mm.data_pages += vma_pages(vma) - pages
+    pages_count(mm, vma.flags, vma_pages(vma) - pages)
     path.node[0].entry[path.slot[0]].end = end
     path.node[0].gap[path.slot[0]] = vma_gap(vma)
     vma_set_next_gap(mm, &path, vma.next)
@@ -396,9 +403,7 @@ cdef inline void vma_insert(MM *mm, VMArea *vma) noexcept nogil:
         mm.last = vma
     tree_insert(mm, &path, vma.end, vma, vma_gap(vma))
     mm.map_count += 1
-    mm.total_pages += vma_pages(vma)
-    if is_data(vma.flags):
-        mm.data_pages += vma_pages(vma)
+    pages_count(mm, vma.flags, vma_pages(vma))
 
 
 cdef inline void vma_erase(MM *mm, VMArea *vma) noexcept nogil:
@@ -419,9 +424,7 @@ cdef inline void vma_erase(MM *mm, VMArea *vma) noexcept nogil:
     if mm.cached == vma:
         mm.cached = NULL
     mm.map_count -= 1
-    mm.total_pages -= vma_pages(vma)
-    if is_data(vma.flags):
-        mm.data_pages -= vma_pages(vma)
+    pages_count(mm, vma.flags, 0 - vma_pages(vma))
 
 
 cdef inline VMArea *vma_gap_before(MM *mm, const VMArea *vma, u64 length) noexcept nogil:

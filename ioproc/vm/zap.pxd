@@ -3,7 +3,7 @@ from libc.stdint cimport uint64_t as u64
 from ioproc.hooks.chain cimport likely, unlikely
 from ioproc.vm.frames cimport FrameBatch, frame_at, frame_keep_dirty, frame_unmap, mapcount_of
 from ioproc.vm.mm cimport (
-    MM, OWNER_DIRTY, PAGE_SIZE, PTE_DIRTY, PTE_EXCLUSIVE, PTE_PRESENT, PTE_SWAP, PTE_UNCOUNTED, PTE_USER, PTE_WRITE, PTE_YOUNG,
+    MM, OWNER_ANON, OWNER_DIRTY, PAGE_SIZE, PTE_DIRTY, PTE_EXCLUSIVE, PTE_PRESENT, PTE_SWAP, PTE_UNCOUNTED, PTE_USER, PTE_WRITE, PTE_YOUNG,
     VM_ACCESS, VM_SHARED, VM_WRITE, Frame, Memory, Table, VMArea, atomic_load, atomic_store)
 from ioproc.vm.page_table cimport leaf_drop, leaf_find, leaf_make, leaf_next, pte_set, table_index
 from ioproc.vm.swap cimport swap_entry_dropped
@@ -38,6 +38,28 @@ cdef inline void zap_range(MM *mm, u64 start, u64 end, FrameBatch *batch) noexce
         leaf.used -= cleared
         mm.rss -= frames
         mm.swapped -= swapped
+        if leaf.used == 0:
+            leaf_drop(mm.root, begin)
+        addr = stop
+
+
+cdef inline void zap_file_range(MM *mm, u64 start, u64 end, FrameBatch *batch) noexcept nogil:
+    """The same for pages of the page cache only: copies that a private mapping made stay."""
+    cdef u64 addr = start
+    cdef u64 begin, stop, pte, i
+    cdef Table *leaf
+    while True:
+        leaf = leaf_next(mm.root, &addr, end, &stop)
+        if leaf == NULL:
+            return
+        begin = addr
+        for i in range(table_index(addr, 0), table_index(addr, 0) + ((stop - addr) >> 12)):
+            pte = leaf.entry[i]
+            if pte & PTE_PRESENT and not atomic_load(&frame_at(mm.mem, pte >> 12).owner) & OWNER_ANON:
+                leaf.entry[i] = 0
+                leaf.used -= 1
+                mm.rss -= 1
+                frame_unmap(batch, pte >> 12)
         if leaf.used == 0:
             leaf_drop(mm.root, begin)
         addr = stop
