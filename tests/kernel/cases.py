@@ -306,7 +306,7 @@ CASES = {
         read(1),
         read(5), read(6), ("write", 0, at(2) + 50, 3), ("punch", 0, 0, PAGE + 100, PAGE), ("read", 0, at(2) + 50),
         ("punch", 0, 0, 0, 0),
-        ("punch", 0, 0, 8 * PAGE, PAGE), ("punch", 0, 0, PAGE, -PAGE),
+        ("punch", 0, 0, 8 * PAGE, PAGE),
     ), files=(4 * PAGE,)),
     "MADV_REMOVE": Program((
         of_file(0, 4, kind=SHARED), of_file(4, 4), write(0), write(1), advise(1, 1, REMOVE), read(1), advise(4, 1, REMOVE),

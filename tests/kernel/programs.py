@@ -345,8 +345,8 @@ class _Writer:
         elif how < 0.53:
             old = 0
         flags = rng.choice((0, MREMAP_MAYMOVE, *[MREMAP_MAYMOVE | MREMAP_FIXED] * 4))
-        if rng.random() < 0.12 and "limit_memlock" not in self.limits:
-            # (the kernel loses count of what is locked in it)
+        if rng.random() < 0.12 and not ("limit_memlock" in self.limits or self.locks and self.swap):
+            # (of locked memory: the kernel counts the old VMA as locked and keeps its pages from swap, though it is not)
             flags = MREMAP_MAYMOVE | MREMAP_DONTUNMAP | rng.choice((0, MREMAP_FIXED, MREMAP_FIXED))
             new = old = old or 1
             if rng.random() < 0.05:
@@ -459,7 +459,7 @@ class _Writer:
             # not one that ends in the first page: the kernel unmaps more than it needs to then
             offset, length = offset + self.rng.randrange(PAGE), length + self.rng.randrange(PAGE)
         if self.rng.random() < 0.05:
-            length = self.rng.choice((0, -PAGE))
+            length = 0
         return "punch", 0, self.rng.randrange(2), offset, length
 
     def spawn(self):
