@@ -184,6 +184,8 @@ class _Writer:
         # what else the program is about; most are about little, so that operations meet
         self.locks, self.pins, self.stacks, self.remaps = (rng.random() < share for share in (0.2, 0.15, 0.15, 0.1))
         self.swap = swap and not self.pins and rng.random() < 0.4
+        if self.swap:
+            self.forks = rng.choice((0, 2, 4))
         self.cuts = bool(self.files) and rng.random() < 0.6
         self.spawns = bool(self.files) and rng.random() < 0.3
         self.limits = {}
@@ -199,6 +201,7 @@ class _Writer:
         if self.stacks and rng.random() < 0.4:
             self.limits["limit_stack"] = rng.randint(3, 20) * PAGE + rng.choice((0, 0, 100))
         self.stack_starts = []
+        self.recent = []  # pages accessed or swapped out, which are worth another look
         self.boundaries = [0, 4, 8, 16]
         self.mapped = {}
         self.live = [0]
@@ -377,7 +380,10 @@ class _Writer:
         if self.rng.random() < 0.03:
             advice = self.rng.choice((5, 6, 99, 1 << 20))
         # the long lengths that do not wrap would reach what the executor itself runs on
-        return "madvise", self.process(), *self.span(HUGE_LENGTHS[:2]), advice
+        addr, length = self.span(HUGE_LENGTHS[:2])
+        if advice == PAGEOUT:
+            self.recent += [(addr - BASE) // PAGE, (addr - BASE) // PAGE + 1]
+        return "madvise", self.process(), addr, length, advice
 
     def msync(self):
         flags = self.rng.choice((MS_ASYNC, MS_SYNC, MS_SYNC | MS_INVALIDATE, 0, MS_SYNC | MS_ASYNC, 8))
@@ -395,7 +401,10 @@ class _Writer:
             self.note(BASE + page * PAGE, PAGE, R | W)
             self.boundaries.append(page)
             return BASE + page * PAGE
-        return BASE + self.page(prot) * PAGE + self.rng.choice((0, 0, 0, 1, 4095))
+        recent = [page for page in self.recent[-4:] if self.mapped.get(page, 0) & prot]
+        page = self.rng.choice(recent) if recent and self.rng.random() < 0.4 else self.page(prot)
+        self.recent.append(page)
+        return BASE + page * PAGE + self.rng.choice((0, 0, 0, 1, 4095))
 
     def read(self):
         return "read", self.process(), self.address(R)
