@@ -56,7 +56,17 @@ cdef void call_python(Routed *routed, int kind, const ioproc_vma *vma, tuple arg
         else:
             (<tuple> (<Ops> routed.face).callbacks)[kind](vma_face(<const VMArea *> vma), *arguments)
     except BaseException as exception:
+        if vma != NULL and <void *> vma.mm != thread_inside():
+            name_space(exception, <MM *> vma.mm)
         callback_raised(exception)
+
+
+cdef void name_space(object exception, MM *mm) noexcept:
+    """The caller of the operation, or of reclaim, is in another address space."""
+    try:
+        exception.add_note(f"in a callback of {mm_face(mm)!r}, from which a frame was taken")
+    except BaseException:
+        pass
 
 
 cdef void route_release(void *arg, ioproc_mm *mm) noexcept nogil:

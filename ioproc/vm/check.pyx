@@ -68,7 +68,9 @@ cdef const char *vmas_broken(MM *mm) noexcept nogil:
             locked += vma_pages(vma)
         prev = vma
         vma = vma.next
-    if mm.last != prev or count != mm.map_count or total != mm.total_pages or data != mm.data_pages or locked != mm.locked_pages:
+    if mm.last != prev or count != mm.map_count or total != mm.total_pages:
+        return "sums over the VMAs"
+    if data != mm.data_pages or locked != mm.locked_pages:
         return "sums over the VMAs"
     if mm.made != count or mm.nspare < tree_reserve_size(mm, 0):
         return "reserve of nodes"

@@ -113,6 +113,10 @@ cdef bint vma_maps(const VMArea *vma, u64 start, u64 end, u64 *first, u64 *last)
     """[*first, *last): where the VMA maps [start, end) of its file.  False: nowhere."""
     cdef u64 low = vma.pgoff << PAGE_SHIFT
     cdef u64 high = low + (vma.end - vma.start)
+    if vma.flags & VM_NONLINEAR:            # anywhere
+        first[0] = vma.start
+        last[0] = vma.end
+        return True
     first[0] = vma.start + (start - low if start > low else 0)
     last[0] = vma.end - (high - end if high > end else 0)
     return start < high and low < end
@@ -138,7 +142,9 @@ cdef void mm_cut(MM *mm, FileCache *file, u64 start, u64 end, bint copies) noexc
     while vma != NULL:
         if vma_maps(vma, start, end, &first, &last):
             fire_range(mm, INVALIDATE_RANGE, vma, first, last)
-            if copies:
+            if vma.flags & VM_NONLINEAR:
+                zap_nonlinear(mm, vma, first, last, start >> PAGE_SHIFT, end >> PAGE_SHIFT, &batch)
+            elif copies:
                 zap_range(mm, first, last, &batch)
             else:
                 zap_file_range(mm, first, last, &batch)

@@ -209,21 +209,20 @@ cdef class PhysicalMemory:
         Raises
         ------
         ValueError
-            A frame is not pinned; those before it in `pfns` are unpinned.
+            A frame is not pinned (so often); nothing is unpinned.
         """
-        cdef const u64[::1] rows = np.ascontiguousarray(pfns, np.uint64).ravel()
-        cdef u64 n = rows.shape[0]
-        cdef u64 done
-        cdef FrameBatch batch
+        cdef const u64[::1] rows
+        cdef const i64[::1] times
+        cdef u64 n, done
         refuse_in_callback()
+        rows, times = np.unique(np.asarray(pfns, np.uint64), return_counts=True)
+        n = rows.shape[0]
         if n == 0:
             return
         with nogil:
-            batch_begin(&batch, self.mem, 0)
-            done = frames_unpin(&batch, &rows[0], n)
-            batch_end(&batch)
+            done = frames_unpin(self.mem, &rows[0], &times[0], n)
         if done < n:
-            raise ValueError(f"pfns[{done}] = {rows[done]}: not pinned")
+            raise ValueError(f"pfns: {rows[done]} is not pinned {times[done]} times")
 
     def mappings(self, pfn):
         """

@@ -4,7 +4,7 @@ from libc.errno cimport EAGAIN, EPERM
 
 
 cdef bint may_lock(const MM *mm, u64 pages) noexcept nogil:
-    return mm.locked_pages + pages <= mm.limit_memlock >> PAGE_SHIFT
+    return mm.limit_memlock == UINT64_MAX or mm.locked_pages + pages <= mm.limit_memlock >> PAGE_SHIFT
 
 
 cdef int lock_checked(const MM *mm, u64 pages) noexcept nogil:
@@ -42,7 +42,7 @@ cdef int mark_locked(MM *mm, u64 start, u64 length, u64 locked) noexcept nogil:
             return -ENOMEM
         stop = vma.end if vma.end < end else end
         flags = vma.flags & ~<u64> VM_LOCKED | locked
-        if flags != vma.flags and not vma.flags & VM_SPECIAL:
+        if flags != vma.flags and not vma.flags & VM_PFNMAP:
             error = vma_modify(mm, &vma, start, stop, flags, vma.chain)
             if error:
                 return error

@@ -87,7 +87,7 @@ cdef int populate(MM *mm, u64 start, u64 end, bint strict) noexcept nogil:
     while vma != NULL:
         first = vma.start if vma.start > start else start
         last = vma.end if vma.end < end else end
-        if not vma.flags & VM_SPECIAL:
+        if not vma.flags & VM_PFNMAP:
             write = vma.flags & (VM_WRITE | VM_SHARED) == VM_WRITE
             batch_begin(&batch, mm.mem, (last - first) >> PAGE_SHIFT)
             why = touch_range(mm, first, last, write, &batch, &faulted, &stopped)

@@ -88,9 +88,9 @@ cdef int install_page(MM *mm, VMArea *vma, u64 addr, u64 index, FrameBatch *batc
     return 0
 
 
-cdef void zap_nonlinear(MM *mm, VMArea *vma, u64 start, u64 end, u64 first, FrameBatch *batch) noexcept nogil:
+cdef void zap_nonlinear(MM *mm, VMArea *vma, u64 start, u64 end, u64 first, u64 last, FrameBatch *batch) noexcept nogil:
     """
-    Unmap the pages of a VM_NONLINEAR `vma` in [start, end) that show the file from page `first` on; entries remember what
+    Unmap the pages of a VM_NONLINEAR `vma` in [start, end) that show pages [first, last) of the file; entries remember what
     they show.
     """
     cdef u64 addr = start
@@ -106,7 +106,7 @@ cdef void zap_nonlinear(MM *mm, VMArea *vma, u64 start, u64 end, u64 first, Fram
             pte = leaf.entry[i]
             if pte & PTE_PRESENT:
                 index = frame_at(mm.mem, pte_pfn(pte)).index
-                if index >= first:
+                if first <= index < last:
                     leaf.entry[i] = 0
                     if index != vma_index(vma, addr):
                         leaf.entry[i] = pte_make(index, PTE_SPECIAL)

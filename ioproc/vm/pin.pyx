@@ -21,31 +21,41 @@ cdef int mm_pin(MM *mm, u64 start, u64 end, bint write, u64 *pfns) noexcept nogi
             atomic_add(&frame_at(mm.mem, pte_pfn(pte[0])).counts, ONE_REFERENCE)
         addr += PAGE_SIZE
     if why:
-        frames_unpin(&batch, pfns, (addr - start) >> PAGE_SHIFT)
+        while addr > start:
+            addr -= PAGE_SIZE
+            if pfns[(addr - start) >> PAGE_SHIFT]:
+                frame_put(&batch, pfns[(addr - start) >> PAGE_SHIFT])
     batch_end(&batch)
     if why == ACCESS_OOM:
         return -ENOMEM
     return -EFAULT if why else 0
 
 
-cdef u64 frames_unpin(FrameBatch *batch, const u64 *pfns, u64 n) noexcept nogil:
-    """How many were unpinned: fewer than `n` if the next is not pinned."""
-    cdef Memory *mem = batch.mem
+cdef u64 pins_of(Memory *mem, u64 pfn) noexcept nogil:
+    """References to a frame that are no cache's."""
+    cdef u64 owner, cached
     cdef Frame *frame
-    cdef u64 owner, cached, i
-    cdef bint pinned
+    if pfn > mem.nframes:
+        return 0
+    frame = frame_at(mem, pfn)
+    pthread_mutex_lock(&mem.lock)
+    owner = atomic_load(&frame.owner) & ~<u64> OWNER_DIRTY
+    cached = owner != 0 and not owner & OWNER_ANON or (mem.nslots and mem.slot_of[pfn] != 0)
+    pthread_mutex_unlock(&mem.lock)
+    return references_of(atomic_load(&frame.counts)) - cached
+
+
+cdef u64 frames_unpin(Memory *mem, const u64 *pfns, const i64 *times, u64 n) noexcept nogil:
+    """Drop so many references of each frame.  The index of one that has not so many, and nothing is dropped; or `n`."""
+    cdef FrameBatch batch
+    cdef u64 i
+    cdef i64 k
     for i in range(n):
-        if pfns[i] == 0:
-            continue
-        if pfns[i] > mem.nframes:
+        if pfns[i] and pins_of(mem, pfns[i]) < <u64> times[i]:
             return i
-        frame = frame_at(mem, pfns[i])
-        pthread_mutex_lock(&mem.lock)
-        owner = atomic_load(&frame.owner)
-        cached = owner != 0 and not owner & OWNER_ANON or (mem.nslots and mem.slot_of[pfns[i]] != 0)
-        pinned = references_of(atomic_load(&frame.counts)) > cached
-        pthread_mutex_unlock(&mem.lock)
-        if not pinned:
-            return i
-        frame_put(batch, pfns[i])
+    batch_begin(&batch, mem, 0)
+    for i in range(n):
+        for k in range(times[i] if pfns[i] else 0):
+            frame_put(&batch, pfns[i])
+    batch_end(&batch)
     return n

@@ -1,5 +1,5 @@
 # mprotect, madvise and msync.
-from libc.errno cimport EACCES, EBUSY
+from libc.errno cimport EACCES, EBUSY, ENODEV
 
 cdef enum:
     PROT_SEM = 0x8
@@ -137,7 +137,7 @@ cdef int populate_advised(MM *mm, u64 start, u64 end, bint write) noexcept nogil
         vma = vma_at(mm, start)
         if vma == NULL:
             return -ENOMEM
-        if not vma.flags & (VM_WRITE if write else VM_READ):
+        if not vma.flags & (VM_WRITE if write else VM_READ) or vma.flags & VM_PFNMAP:
             return -EINVAL
         stop = vma.end if vma.end < end else end
         batch_begin(&batch, mm.mem, (stop - start) >> PAGE_SHIFT)
@@ -215,7 +215,7 @@ cdef int mm_madvise(MM *mm, u64 start, u64 length, int advice) noexcept nogil:
             fire_range(mm, INVALIDATE_RANGE, vma, start, stop)
             batch_begin(&batch, mm.mem, 0)
             if vma.flags & VM_NONLINEAR:
-                zap_nonlinear(mm, vma, start, stop, 0, &batch)
+                zap_nonlinear(mm, vma, start, stop, 0, UINT64_MAX, &batch)
             else:
                 zap_range(mm, start, stop, &batch)
             batch_end(&batch)
@@ -227,18 +227,20 @@ cdef int mm_madvise(MM *mm, u64 start, u64 length, int advice) noexcept nogil:
             free_range(mm, start, stop, &batch)
             batch_end(&batch)
         elif advice == MADV_COLD or advice == MADV_PAGEOUT:
-            if vma.flags & (VM_LOCKED | VM_SPECIAL):
+            if vma.flags & (VM_LOCKED | VM_PFNMAP):
                 return -EINVAL
             pages_unused(mm, start, stop, advice == MADV_PAGEOUT)
         elif advice == MADV_REMOVE:
-            if vma.flags & VM_LOCKED or vma_is_anonymous(vma):
+            if vma.flags & (VM_LOCKED | VM_NONLINEAR) or vma_is_anonymous(vma):
                 return -EINVAL
+            if vma.flags & VM_PFNMAP:
+                return -ENODEV
             if vma.flags & (VM_SHARED | VM_MAYWRITE) != VM_SHARED | VM_MAYWRITE:
                 return -EACCES
             remove_advised(mm, vma, start, stop)
         elif advice == MADV_WIPEONFORK and not vma_is_anonymous(vma):
             return -EINVAL
-        elif vma.flags & VM_SPECIAL and (advice == MADV_DOFORK or advice == MADV_DODUMP):
+        elif vma.flags & VM_PFNMAP and (advice == MADV_DOFORK or advice == MADV_DODUMP):
             return -EINVAL
         elif advised_flags(vma.flags, advice) != vma.flags:
             error = vma_modify(mm, &vma, start, stop, advised_flags(vma.flags, advice), vma.chain)

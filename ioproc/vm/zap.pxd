@@ -3,8 +3,8 @@ from libc.stdint cimport uint64_t as u64
 from ioproc.hooks.chain cimport likely, unlikely
 from ioproc.vm.frames cimport FrameBatch, frame_at, frame_keep_dirty, frame_unmap, mapcount_of
 from ioproc.vm.mm cimport (
-    MM, OWNER_ANON, OWNER_DIRTY, PAGE_SIZE, PTE_DIRTY, PTE_EXCLUSIVE, PTE_PRESENT, PTE_SWAP, PTE_UNCOUNTED, PTE_USER, PTE_WRITE, PTE_YOUNG,
-    VM_ACCESS, VM_SHARED, VM_WRITE, Frame, Memory, Table, VMArea, atomic_load, atomic_store)
+    MM, OWNER_ANON, OWNER_DIRTY, PAGE_SIZE, PTE_DIRTY, PTE_EXCLUSIVE, PTE_PRESENT, PTE_SWAP, PTE_UNCOUNTED, PTE_USER, PTE_WRITE,
+    PTE_YOUNG, VM_ACCESS, VM_SHARED, VM_WRITE, Frame, Memory, Table, VMArea, atomic_load, atomic_store)
 from ioproc.vm.page_table cimport leaf_drop, leaf_find, leaf_make, leaf_next, pte_set, table_index
 from ioproc.vm.swap cimport swap_entry_dropped
 
