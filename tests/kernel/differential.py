@@ -58,8 +58,8 @@ class Modelled:
         self.base, self.window_pages = program.window
         self.end = self.base + self.window_pages * PAGE
         self.step = 512 if program.huge else 1
-        self.memory = vm.PhysicalMemory(frames=4096, swap_slots=1024, huge_pages=huge_pages)
-        kind = {"huge": True} if program.huge else {"memfd": True}
+        pool, kind = ({"huge_pages": huge_pages}, {"huge": True}) if program.huge else ({}, {"memfd": True})
+        self.memory = vm.PhysicalMemory(frames=4096, swap_slots=1024, **pool)
         self.files = [vm.File(self.memory, size, **kind) for size in program.files]
         self.segments = [vm.File(self.memory, size, memfd=True) for size in program.segments]
         limits = {"AS": program.limit_as * PAGE, "DATA": program.limit_data * PAGE, "MEMLOCK": program.limit_memlock,
