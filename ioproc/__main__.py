@@ -11,19 +11,25 @@ import json
 import math
 import os
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 
 from . import __version__
-from .trace import PLACEMENTS, Trace, TraceError, choose, import_recording, record, replay
+from .trace import PLACEMENTS, Trace, TraceError, annotate, choose, import_recording, recognise, record, replay
 from .trace.format import Op
-from .trace.record import RecordError
+from .trace.record import RecordError, usable
 from .trace.source import output_path
 
 USAGE, UNREADABLE = 2, 3
 OUTPUT = "history to write: compressed if it ends in .xz, .gz or .zst, else a plain file"
 SHOWN = 10          # of the events that differ
+FAULTS = {"read": "reads", "write": "writes", "unknown": "of unknown access", "kernel": "of them by the kernel"}
+# How the access of faults is known; the names are the import's counts.
+ACCESSES = {"recorded": ("recorded_accesses",), "proved": ("known_reads", "proved_reads", "known_writes"),
+            "assumed": ("assumed_writes",)}
+NAMES = {"strace": "strace", "perf": "perf of page faults", "tracepoints": "tracepoints"}
 
 
 def main(arguments=None):
@@ -65,23 +71,38 @@ def _parser():
     parser.add_argument("--version", action="version", version=f"ioproc {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    command = commands.add_parser("record", help="run a command under strace and perf")
+    command = commands.add_parser("record", help="run a command under strace and perf, or perf alone",
+                                  description="Run a command, record the history of its memory, and import it.")
     command.add_argument("-o", "--output", required=True, type=Path, help=OUTPUT)
     command.add_argument("--character", metavar="WORD", help="what kind of program it is, such as static or forking")
+    command.add_argument("--with", dest="tracer", choices=("strace", "perf"), default="strace",
+                         help="strace (default): system calls by strace, page faults of user mode by perf; needs no root. "
+                              "perf: both as tracepoints on one clock, with the access of each fault and the kernel's faults; "
+                              "needs root and a mounted tracefs")
     command.add_argument("--comm", type=Path, help="communication to add, which the command may write")
-    command.add_argument("--keep", type=Path, metavar="DIR", help="keep what strace and perf wrote")
+    command.add_argument("--keep", type=Path, metavar="DIR",
+                         help="keep the texts that are imported: strace and perf, or tracepoints")
     command.add_argument("--untraced-runs", type=_count, default=3, metavar="N",
                          help="runs without tracing, to measure the wall time (default 3)")
     command.add_argument("program", nargs=argparse.REMAINDER, metavar="-- PROGRAM ...")
     command.set_defaults(run=_record)
 
-    command = commands.add_parser("import", help="make a history of what strace and perf wrote")
+    command = commands.add_parser(
+        "import", help="make a history of what strace and perf wrote",
+        description="Make a history of a recording: of strace's output, with or without perf's page faults, or of perf's "
+                    "tracepoints.  What each FILE is, its content tells.")
+    command.add_argument("recordings", nargs="*", type=Path, metavar="FILE",
+                         help="output of strace, of perf script (of page faults, or of tracepoints), or normalised lines")
     command.add_argument("-o", "--output", required=True, type=Path, help=OUTPUT)
     command.add_argument("--character", metavar="WORD", help="what kind of program it is, such as static or forking")
-    command.add_argument("--strace", required=True, type=Path,
+    command.add_argument("--strace", type=Path, metavar="FILE",
                          help="output of strace -f -y -ttt -T -X raw; without -y, files are inferred")
-    command.add_argument("--perf", type=Path, help="output of perf script --ns -F pid,tid,time,addr,ip --show-mmap-events; "
+    command.add_argument("--perf", type=Path, metavar="FILE",
+                         help="output of perf script --ns -F pid,tid,time,addr,ip --show-mmap-events; "
                          "without --show-mmap-events, what execve maps is inferred")
+    command.add_argument("--tracepoints", type=Path, metavar="FILE",
+                         help="output of perf script --header --ns -F trace:pid,tid,time,event,trace --show-mmap-events "
+                         "--show-task-events, or lines of t_ns pid tid op hexargs.. hexret")
     command.add_argument("--comm", type=Path, help="communication: time,tid,address,length,direction")
     command.add_argument("--lenient", action="store_true", help="skip and count broken lines")
     command.add_argument("--set", action="append", default=[], type=_setting, metavar="NAME=VALUE",
@@ -156,20 +177,41 @@ def _record(options):
     if not program:
         raise RecordError("no command given")
     _writable(options.output)
-    trace = record(program, untraced_runs=options.untraced_runs, comm=options.comm, keep=options.keep)
+    usable(None, options.comm)
+    trace = record(program, tracer=options.tracer, untraced_runs=options.untraced_runs, keep=options.keep)
     status = trace.metadata.get("status")
     if status:
         print(f"ioproc: the command ended with {f'status {status}' if status > 0 else f'signal {-status}'}", file=sys.stderr)
-    return _saved(trace, options)
+    saved = _saved(trace, options)
+    if options.comm is None:
+        return saved
+    # What took long to record is safe by now.
+    return _saved(annotate(trace, options.comm), options)
 
 
 def _import(options):
     _writable(options.output)
-    trace = import_recording(options.strace, options.perf, lenient=options.lenient, comm=options.comm,
-                             metadata=dict(options.set))
-    if options.perf is None:
+    texts = _recognised(options)
+    trace = import_recording(**texts, lenient=options.lenient, comm=options.comm, metadata=dict(options.set))
+    if not np.count_nonzero(trace.events["op"] == Op.FAULT):
         print("ioproc: no page faults: only mappings are replayed", file=sys.stderr)
     return _saved(trace, options)
+
+
+def _recognised(options):
+    """The files of a recording by what they are."""
+    texts = {kind: getattr(options, kind) for kind in ("strace", "perf", "tracepoints") if getattr(options, kind)}
+    for path in options.recordings:
+        kind = recognise(path)
+        if kind in texts:
+            raise RecordError(f"{path} and {texts[kind]} are both a recording by {NAMES[kind]}: a history is made of one run")
+        texts[kind] = path
+    if "tracepoints" in texts and len(texts) > 1:
+        raise RecordError("a recording of tracepoints is complete: give it alone")
+    if "strace" not in texts and "tracepoints" not in texts:
+        raise RecordError("page faults alone are no history: give the output of strace too" if texts else
+                          "give what strace and perf wrote, or a recording of tracepoints")
+    return texts
 
 
 def _saved(trace, options):
@@ -181,32 +223,63 @@ def _saved(trace, options):
 
 def _report(trace, path):
     counts = trace.metadata["import"]
-    skipped = sum(part.get("skipped_lines", 0)
-                  for part in (counts["strace"], counts["perf"], trace.metadata.get("comm", {})))
+    parts = [counts.get(name, {}) for name in NAMES]
+    skipped = sum(part.get("skipped_lines", 0) for part in (*parts, trace.metadata.get("comm", {})))
+    lost = sum(part.get("lost", 0) for part in parts)
     print(f"ioproc: {path}: {len(trace)} events, {skipped} broken lines skipped, "
           f"{counts['excluded_processes']} untraced processes with {counts['excluded_faults']} faults excluded"
-          + (f", {counts['perf']['lost']} faults lost by perf" if counts["perf"].get("lost") else ""),
+          + (f", {lost} events lost by perf" if lost else ""),
           file=sys.stderr)
     return 0
 
 
 def _info(options):
     trace = Trace.load(options.history)
-    summary = trace.summary()
+    summary, programs = trace.summary(), trace.programs()
     metadata = {name: value for name, value in trace.metadata.items() if name != "files"}
+    counts = metadata.get("import", {})
+    counts = counts if isinstance(counts, dict) else {}
+    summary |= {
+        "formats": [name for name in NAMES if counts.get(name)],
+        "clock": counts.get("clock", "realtime" if "strace" in counts else "unknown"),
+        "programs": programs,
+    }
+    files = trace.metadata["files"]
     if options.json:
-        print(json.dumps({**summary, "files": len(trace.metadata["files"]), "metadata": metadata}))
+        print(json.dumps({**summary, "files": len(files), "metadata": metadata}))
         return 0
-    for name in ("command", "character", "host", "kernel", "recorded", "untraced_s"):
+    for name in ("command", "character", "status", "host", "kernel", "recorded", "untraced_s"):
         if metadata.get(name) is not None:
             print(f"{name:14} {_printable(metadata[name])}")
+    if summary["formats"]:
+        print(f"{'read from':14} {', '.join(NAMES[name] for name in summary['formats'])}")
+    print(f"{'clock':14} {_printable(summary['clock'])}{_start(metadata.get('epoch_ns'))}")
     for name in ("events", "seconds", "processes", "threads"):
         print(f"{name:14} {summary[name]}")
     for name, count in summary["operations"].items():
         print(f"  {name:12} {count}")
+    print(f"{'failed calls':14} {summary['failed']}")
+    faults = summary["faults"]
+    print(f"{'faults':14} " + ", ".join(f"{faults[name]} {text}" for name, text in FAULTS.items()))
+    known = {how: sum(count for name in names if isinstance(count := counts.get(name), int)) for how, names in ACCESSES.items()}
+    print(f"{'their access':14} " + ", ".join(f"{count} {how}" for how, count in known.items()))
     for name, count in summary["inferred"].items():
         print(f"inferred {name:8} {count}")
+    segments, size = sum(file["kind"] == "shm" for file in files), sum(file["size"] for file in files)
+    print(f"{'files':14} {len(files) - segments}, {segments} segments, {size / (1 << 20):.1f} MiB")
+    print(f"{'pid':>9} {'events':>10} {'faults':>10}   program")
+    for row in sorted(programs, key=lambda row: -row["events"])[:SHOWN]:
+        print(f"{row['pid']:9} {row['events']:10} {row['faults']:10}   {_printable(row['program'] or '-')}")
+    if len(programs) > SHOWN:
+        print(f"{'...':>9}")
     return 0
+
+
+def _start(epoch):
+    """When that was, if the clock is one of the real time."""
+    if not isinstance(epoch, int) or not 1 << 60 < epoch < 1 << 62:
+        return ""
+    return time.strftime(", from %Y-%m-%d %H:%M:%S UTC", time.gmtime(epoch // 1_000_000_000))
 
 
 def _replay(options):

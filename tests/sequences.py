@@ -154,6 +154,12 @@ class Side:
         self.mem.victims = [[(found(file), number, [found(where) for where in mappings])
                              for file, number, mappings in run] for run in runs]
 
+    def age(self, other):
+        """Which accessed bits a search for victims clears is no rule: the model takes it from the other side."""
+        for number, mm in self.spaces.items():
+            for page, pte in mm.mm._present(0, model.TASK_SIZE).items():
+                pte.young = pte.young and bool(other.spaces[number].pagemap(page, PAGE)[0]["young"])
+
     def reclaimed(self):
         """What the model has reclaimed during the last call."""
         log, self.mem.log = self.mem.log, []
@@ -173,7 +179,7 @@ class Side:
                         pages[number][hex(vma.start + at * PAGE)] = *looks, zero
                         if looks[0] and not zero and pfn < DEVICE:
                             frames.append(pfn)
-        frames += [pfn for pins in self.pins for pfn in pins.tolist()]
+        frames += [pfn for pins in self.pins for pfn in pins.tolist() if pfn]
         return {"vmas": vmas, "pages": pages, "memory": self.mem.stats, "file sizes": [file.size for file in self.files],
                 "files": [file.read(0, file.size) for file in self.files],
                 "stats": {number: mm.stats for number, mm in self.spaces.items()}}, frames
@@ -189,6 +195,12 @@ class Side:
 
     def mapped_at(self, pfn):
         return sorted((self.home(mm), addr) for mm, addr in self.mem.mappings(pfn))
+
+
+def without_young(hooks):
+    young = LOOK.index("young")
+    return [hook if hook[0] == "release" else (*hook[:-1], [look[:young] + look[young + 1:] for look in hook[-1]])
+            for hook in hooks]
 
 
 def brief(value):
@@ -254,8 +266,12 @@ class Run:
         model_side.check_invariants()
         reclaimed = model_side.reclaimed()
         for side, (result, hooks), runs in zip(others, got, went):
+            expected_hooks = expected[1]
             same("the result", result, expected[0])
-            same("the hooks", hooks, expected[1])
+            if len(runs) > 1:
+                model_side.age(side)
+                hooks, expected_hooks = without_young(hooks), without_young(expected[1])
+            same("the hooks", hooks, expected_hooks)
             same("what was reclaimed", [(None if isinstance(file, tuple) else file, *what) for file, *what in sum(runs, [])],
                  reclaimed)
             same("runs of reclaim that the model does not need", model_side.mem.victims, [])

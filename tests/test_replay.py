@@ -271,6 +271,28 @@ def test_what_fails_as_recorded_is_no_difference():
     assert differences(history) == {}
 
 
+def test_what_reaches_into_other_address_spaces_or_keeps_the_old_place():
+    history = (History(8 * PAGE).mmap(0, 8, RW, mmap.MAP_SHARED, file=0).mmap(0, 8, RW, mmap.MAP_SHARED, file=0, pid=2)
+               .faults(0, 8).faults(0, 8, READ, pid=2)
+               .madvise(2, 4, mmap.MADV_REMOVE).fault(2, READ).fault(5, READ, pid=2)
+               .mmap(16, 4).faults(16, 2).mremap(16, 4, 4, to=32, flags=5).fault(16)
+               .madvise(32, 4, ioproc.MADV_POPULATE_WRITE).madvise(32, 4, ioproc.MADV_WIPEONFORK).fork(3).fault(32, pid=3)
+               .mmap(400, 1, flags=PRIVATE | ioproc.MAP_GROWSDOWN).fault(396).madvise(0, 4, mmap.MADV_REMOVE))
+    result = replay(history.trace(), placement="mm")
+    assert result.differences == {}
+    assert result.callbacks["invalidate_range"] == 2 + 3 + 2          # REMOVE in two processes, in three; a move
+    assert result.faults["anon"] == 2 + 1 + 2 + 1 + 1
+
+
+def test_what_stays_mapped_stays_a_buffer():
+    history = (History().mmap(0, 2).comm(0, 2).mremap(0, 2, 2, to=8, flags=5).madvise(0, 2).madvise(8, 2).munmap(8, 2)
+               .madvise(0, 2))
+    result = replay(history.trace(), placement="vma")
+    assert result.differences == {}
+    assert result.callbacks["invalidate_range"] == 2 + 2 + 1 + 1
+    assert result.useful["invalidate_range"] == result.callbacks["invalidate_range"] - 1     # of the move, at the new place
+
+
 def test_the_first_differing_events_are_told_and_all_are_counted():
     result = replay(History().faults(0, 100).trace())
     assert result.differences == {"fault": {"unmapped": 100}}

@@ -13,6 +13,7 @@ from ioproc.trace import Op, Trace
 
 DATA = Path(__file__).parent / "data"
 STRACE, PERF = DATA / "halo2.user.strace.xz", DATA / "halo2.user.pf.txt.xz"
+POINTS = DATA / "ways.tracepoints.xz"
 
 
 def ioproc(*arguments, **options):
@@ -37,6 +38,32 @@ def test_info_as_text(history):
     assert (run.returncode, run.stderr) == (0, "")
     assert "mpirun halo" in run.stdout
     assert "events         37153" in run.stdout
+
+
+def test_info_says_what_is_known_and_what_was_guessed(tmp_path, history):
+    shown = ioproc("info", history).stdout.splitlines()
+    assert "read from      strace, perf of page faults" in shown
+    assert any(row.startswith("clock          realtime, from 20") for row in shown)
+    assert any(row.startswith("their access   0 recorded, ") for row in shown)
+    assert ioproc("import", POINTS, "-o", tmp_path / "points").returncode == 0
+    run = ioproc("info", tmp_path / "points")
+    assert (run.returncode, run.stderr) == (0, "")
+    shown = run.stdout.splitlines()
+    assert "read from      tracepoints" in shown
+    assert any(row.startswith("clock          monotonic, from 20") for row in shown)
+    assert "faults         91 reads, 306 writes, 0 of unknown access, 21 of them by the kernel" in shown
+    assert "their access   397 recorded, 0 proved, 0 assumed" in shown
+    assert "files          7, 1 segments, 2.3 MiB" in shown
+    assert [row.split()[-1] for row in shown[-3:]] == ["/usr/bin/ways", "/bin/true", "/usr/bin/ways"]
+    information = json.loads(ioproc("info", "--json", tmp_path / "points").stdout)
+    assert (information["formats"], information["clock"], information["faults"]["kernel"]) == (["tracepoints"], "monotonic", 21)
+    assert [program["program"] for program in information["programs"]] == ["/usr/bin/ways", "/bin/true", "/usr/bin/ways"]
+
+
+def test_import_recognises_what_it_is_given(tmp_path, history):
+    run = ioproc("import", PERF, STRACE, "-o", tmp_path / "x")
+    assert run.returncode == 0
+    assert "37153 events" in run.stderr
 
 
 def test_info_as_json(history):
@@ -108,7 +135,15 @@ def test_lenient_import_and_communication(tmp_path):
     (["replay", STRACE, "--seed", "-1"], 2, "negative"),
     (["replay", STRACE, "--seed", "1"], 2, "give --share"),
     (["replay", STRACE, "--kind", "buffers"], 2, "give --share"),
-    (["import", "-o", "x"], 2, "required"),
+    (["import", "-o", "x"], 2, "give what strace and perf wrote"),
+    (["import", PERF, "-o", "x"], 2, "page faults alone"),
+    (["import", "--perf", PERF, "-o", "x"], 2, "page faults alone"),
+    (["import", POINTS, PERF, "-o", "x"], 2, "give it alone"),
+    (["import", POINTS, POINTS, "-o", "x"], 2, "both a recording by tracepoints"),
+    (["import", STRACE, "--strace", STRACE, "-o", "x"], 2, "both a recording by strace"),
+    (["import", "none", "-o", "x"], 3, "No such file"),
+    (["import", __file__, "-o", "x"], 3, "neither strace's nor perf script's output"),
+    (["import", "--tracepoints", PERF, "-o", "x"], 3, ":1: not a line of perf script --ns -F trace"),
     (["import", "--strace", "none", "-o", "x"], 3, "No such file"),
     (["import", "--strace", STRACE, "--perf", STRACE, "-o", "x"], 3, ":1: not a line of perf"),
     (["import", "--strace", PERF, "-o", "x"], 3, ":1: not a line of strace"),
@@ -120,6 +155,10 @@ def test_lenient_import_and_communication(tmp_path):
     (["record", "-o", "x", "--", "no-such-command-here"], 2, "no such command"),
     (["record", "-o", "x", "--untraced-runs", "-1", "--", "true"], 2, "must not be negative"),
     (["record", "-o", "x", "--untraced-runs", "x", "--", "true"], 2, "must be a whole number"),
+    (["record", "-o", "x", "--with", "bpf", "--", "true"], 2, "invalid choice"),
+    (["record", "-o", "x", "--comm", "/", "--", "touch", "started"], 2, "cannot read /"),
+    (["record", "-o", "x", "--keep", __file__, "--", "touch", "started"], 2, "cannot keep anything in"),
+    (["record", "-o", "x", "--keep", f"{__file__}/deeper", "--", "touch", "started"], 2, "cannot keep anything in"),
 ])
 def test_mistakes(tmp_path, arguments, status, message):
     run = ioproc(*arguments, cwd=tmp_path)
@@ -260,3 +299,68 @@ def test_record_runs_what_path_finds_first(tmp_path):
     assert run.returncode == 0, run.stderr
     assert (tmp_path / "log").read_text().split() == [path, "id", path, "id"]
     assert Trace.load(tmp_path / "x").metadata["command"] == "env"
+
+
+def test_communication_that_cannot_be_read_costs_no_recording(tmp_path):
+    if not can_record():
+        pytest.skip("strace or perf is missing or may not trace")
+    run = ioproc("record", "-o", "x", "--untraced-runs", "0", "--comm", "comm", "--", "true", cwd=tmp_path)
+    assert run.returncode == 3
+    assert "comm: No such file" in run.stderr
+    assert Trace.load(tmp_path / "x").summary()["operations"]["exec"] == 1
+
+
+WITH_TRACEFS = ["unshare", "--mount", "sh", "-c", 'mount -t tracefs nodev /sys/kernel/tracing 2>/dev/null; exec "$@"', "sh"]
+
+
+def by_perf(directory, *command, **options):
+    """Record with perf alone, tracefs mounted for this only."""
+    path = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    try:
+        run = subprocess.run([*WITH_TRACEFS, sys.executable, "-P", "-m", "ioproc", "record", "--with", "perf", "-o", "x",
+                              "--untraced-runs", "0", *map(str, command)], capture_output=True, text=True, check=False,
+                             cwd=directory, **({"env": path} | options))
+    except OSError as error:
+        pytest.skip(f"unshare: {error.strerror}")
+    assert "Traceback" not in run.stderr
+    if any(text in run.stderr for text in ("tracepoints cannot be read", "perf may not", "perf is not installed", "unshare:")):
+        pytest.skip(run.stderr.strip())
+    return run
+
+
+def test_record_with_perf_alone(tmp_path):
+    run = by_perf(tmp_path, "--keep", "kept", "--", "sh", "-c", "echo out; ls | wc; exit 3")
+    assert (run.returncode, run.stdout.splitlines()[0]) == (0, "out")
+    assert "status 3" in run.stderr
+    trace = Trace.load(tmp_path / "x")
+    summary, counts = trace.summary(), trace.metadata["import"]
+    assert (summary["operations"]["exec"], summary["operations"]["exit"]) == (3, 3)
+    assert summary["inferred"] == {"events": 0, "access": 0, "file": 0, "size": 0}
+    assert summary["faults"]["unknown"] == counts["unmapped"] == counts["tracepoints"]["lost"] == 0
+    assert summary["faults"]["kernel"] > 0
+    assert trace.metadata["recorded"].startswith("perf ")
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["tracepoints"]
+    again = ioproc("import", tmp_path / "kept" / "tracepoints", "-o", tmp_path / "y")
+    assert again.returncode == 0
+    assert (Trace.load(tmp_path / "y").events == trace.events).all()
+
+
+def test_record_with_perf_alone_runs_what_path_finds_first(tmp_path):
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    (tmp_path / "id").write_text(f'#!/bin/sh\necho "$PATH" > "{tmp_path}/log"\n')
+    (tmp_path / "id").chmod(0o755)
+    run = by_perf(tmp_path, "--", "sh", "-c", "id", env=os.environ | {"PATH": path, "PYTHONPATH": os.pathsep.join(sys.path)})
+    assert run.returncode == 0
+    assert (tmp_path / "log").read_text().strip() == path
+
+
+def test_record_with_perf_alone_where_there_are_no_tracepoints(tmp_path):
+    (tmp_path / "perf").symlink_to("/bin/true")
+    run = subprocess.run([sys.executable, "-P", "-c", "import sys, pathlib, ioproc.trace.record as r, ioproc.__main__ as m\n"
+                          f"r.TRACEFS = [pathlib.Path({str(tmp_path)!r})]\nsys.exit(m.main(sys.argv[1:]))",
+                          "record", "--with", "perf", "-o", tmp_path / "x", "--", "true"], capture_output=True, text=True,
+                         check=False, env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}",
+                                                        "PYTHONPATH": os.pathsep.join(sys.path)})
+    assert run.returncode == 2
+    assert run.stderr == ("ioproc: tracepoints cannot be read here: that needs root, and a mounted tracefs "
+                          "(mount -t tracefs nodev /sys/kernel/tracing)\n")

@@ -106,6 +106,22 @@ def test_after_a_fork_the_child_and_the_parent_write_to_what_was_written(history
     assert trace.metadata["import"]["known_writes"] == 2
 
 
+@pytest.mark.parametrize(("advice", "assumed", "known", "unmapped"), [
+    ([], 1, 1, 0),          # what was written is there, and its first write breaks it
+    ([10], 1, 0, 1),        # MADV_DONTFORK
+    ([10, 11], 1, 1, 0),    # and MADV_DOFORK
+    ([18], 2, 0, 0),        # MADV_WIPEONFORK
+    ([18, 19], 1, 1, 0),    # and MADV_KEEPONFORK
+])
+def test_what_madvise_tells_a_fork(history, advice, assumed, known, unmapped):
+    calls = "".join(f"1 1.00030{number} madvise(0x7f0000000000, 4096, {value:#x}) = 0 <0.000001>\n"
+                    for number, value in enumerate(advice))
+    trace = history(MAPPED + calls + "1 1.000400 fork() = 2 <0.000010>\n2 1.000900 +++ exited with 0 +++\n",
+                    [(150, 1, 0x7f0000000010), (500, 2, 0x7f0000000010, 1, 2)])
+    counts = trace.metadata["import"]
+    assert [counts[name] for name in ("assumed_writes", "known_writes", "unmapped")] == [assumed, known, unmapped]
+
+
 def test_two_threads_that_fault_at_once_prove_nothing(history):
     calls = MAPPED + "1 1.000110 clone3({flags=0x3d0f00, stack=0x7000} => {parent_tid=[2]}, 88) = 2 <0.000010>\n"
     trace = history(calls, [(150, 1, 0x7f0000000000), (160, 2, 0x7f0000000000)])

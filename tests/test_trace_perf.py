@@ -63,7 +63,8 @@ def test_lines_far_out_of_order_are_an_error(read):
 
 @pytest.mark.parametrize("line", ["garbage", " 1/1  5.0000000:  10", " 1/1  5.000000000:  xyz  1000", " 1/1 5 1000 1000",
                                   " 1/1  5.000000000:  -1  1000", " 1/1  5.000000000:  1ffffffffffffffff  1000",
-                                  " 1/1  5.000000000: PERF_RECORD_MMAP2 broken"])
+                                  " 1/1  5.000000000: PERF_RECORD_MMAP2 broken",
+                                  " 1/1  5.000000000: PERF_RECORD_MMAP2 1/1: [0x1000(0x1000) @ 0xf000000000000000 a]: rw-p /a"])
 def test_a_broken_line_is_an_error_with_its_number_and_lenient_counts_it(read, line):
     good = " 1/1  4.000000000:  1000  1000\n"
     with pytest.raises(TraceError) as caught:

@@ -168,7 +168,7 @@ def test_paths_of_strace_y(read):
                  "1 1.000100 mmap(NULL, 9, 0x1, 0x1, 4</dev/shm/x\\76>(deleted), 0) = 0x3000 <0.000005>\n"
                  "1 1.000200 mmap(NULL, 9, 0x1, 0x1, 4</memfd:x (deleted)>, 0) = 0x5000 <0.000005>\n")
     assert [entry["path"] for entry in trace.metadata["files"]] == [
-        "/lib/a, (b).so", "/dev/shm/x>(deleted)", "/memfd:x (deleted)"]
+        "/lib/a, (b).so", "/dev/shm/x> (deleted)", "/memfd:x (deleted)"]
 
 
 def test_calls_of_no_consequence_are_counted_by_name(read):

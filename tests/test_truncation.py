@@ -128,11 +128,13 @@ def test_small_holes(mem, file):
 
 
 def test_arguments(mem, file):
-    for call, code in ((lambda: file.punch_hole(0, 0), errno.EINVAL), (lambda: file.punch_hole(1 << 63, 1), errno.EFBIG)):
+    for call, code in ((lambda: file.punch_hole(0, 0), errno.EINVAL), (lambda: file.punch_hole((1 << 63) - 1, 1), errno.EFBIG),
+                       (lambda: file.punch_hole(-1, 1), errno.EINVAL), (lambda: file.punch_hole(1, -1), errno.EINVAL),
+                       (lambda: file.truncate(-1), errno.EINVAL)):
         with pytest.raises(OSError) as raised:
             call()
         assert raised.value.errno == code
-    for call in (lambda: file.truncate(-1), lambda: file.truncate((1 << 46) + 1), lambda: file.punch_hole(-1, 1)):
+    for call in (lambda: file.truncate((1 << 46) + 1), lambda: file.truncate(1 << 64), lambda: file.punch_hole(1 << 63, 1)):
         with pytest.raises(ValueError):
             call()
     with pytest.raises(TypeError):

@@ -5,8 +5,8 @@ import heapq
 import json
 import operator
 
-from .format import Access, Op, TraceWriter
-from .source import LineError, TraceError, lines
+from .format import Access, Op, Trace, TraceWriter
+from .source import FilePath, LineError, TraceError, lines
 
 __all__ = ["annotate"]
 
@@ -14,7 +14,7 @@ FIELDS = ("time", "tid", "address", "length", "direction")
 DIRECTIONS = {"send": Access.READ, "recv": Access.WRITE, "receive": Access.WRITE}
 
 
-def annotate(trace, path, *, lenient=False):
+def annotate(trace: Trace, path: FilePath, *, lenient: bool = False) -> Trace:
     """Return a history with communication merged into it.
 
     Parameters
@@ -33,7 +33,7 @@ def annotate(trace, path, *, lenient=False):
     Trace
         With COMM events, backed by a temporary file.
     """
-    threads = {}
+    threads: dict[int, int] = {}
     for block in trace.blocks():
         threads.update(zip(block["tid"].tolist(), block["pid"].tolist(), strict=True))
     counts = {"lines": 0, "skipped_lines": 0}

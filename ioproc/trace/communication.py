@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .format import Op
+from .format import Op, Trace
 
 __all__ = ["REGISTRATION", "Communication", "choose", "mappings"]
 
@@ -53,7 +53,8 @@ class Communication:
     candidate_bytes: int
 
 
-def choose(trace, share, kind="mappings", seed=0, candidates=None):
+def choose(trace: Trace, share: float, kind: str = "mappings", seed: int = 0,
+           candidates: np.ndarray | None = None) -> Communication:
     """Choose the memory that communicates.
 
     Parameters
@@ -152,9 +153,10 @@ class _Memory:
 _MAPPING = (Op.MMAP, Op.MAP, Op.MUNMAP, Op.MPROTECT, Op.MREMAP, Op.BRK, Op.FORK, Op.VFORK, Op.EXEC, Op.EXIT)
 
 
-def mappings(trace):
+def mappings(trace: Trace) -> np.ndarray:
     """The candidates of a history: rows of `REGISTRATION`, one for each piece of memory when it becomes writable."""
-    rows, memories = [], {}
+    rows: list[tuple[int, int, int]] = []
+    memories: dict[int, _Memory] = {}
     base = 0
     for block in trace.blocks():
         for index in np.flatnonzero(np.isin(block["op"], _MAPPING) & (block["errno"] == 0)).tolist():

@@ -13,11 +13,13 @@ import os
 import struct
 import tempfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 
-from .source import TraceError, open_input, open_output, output_path
+from .source import FilePath, TraceError, open_input, open_output, output_path
 
 __all__ = ["EVENT", "Access", "Op", "Origin", "Trace", "TraceError", "TraceWriter"]
 
@@ -63,6 +65,9 @@ class Origin(enum.IntFlag):
     SIZE = 8
 
 
+# In the flags of a FAULT: the kernel took it, on the program's memory.
+KERNEL = 1
+
 EVENT = np.dtype([
     ("t", "<u8"), ("pid", "<i4"), ("tid", "<i4"),
     ("op", "u1"), ("access", "u1"), ("origin", "u1"), ("errno", "u1"),
@@ -93,7 +98,7 @@ class Trace:
         JSON-serialisable; ``metadata["files"]`` is the table that the events' ``file`` indexes.
     """
 
-    def __init__(self, events, metadata=None):
+    def __init__(self, events: np.ndarray, metadata: dict[str, Any] | None = None) -> None:
         events = np.asanyarray(events)
         if events.dtype != EVENT or events.ndim != 1:
             raise ValueError("events must be a one-dimensional array of dtype ioproc.trace.EVENT")
@@ -101,26 +106,26 @@ class Trace:
         self.metadata = dict(metadata or {})
         self.metadata.setdefault("files", [])
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.events)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Any]:
         for begin in range(0, len(self.events), BLOCK):
             yield from self.events[begin:begin + BLOCK]
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: Any) -> Any:
         return self.events[index]
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"<Trace of {len(self)} events: {self.metadata.get('command', 'unknown command')}>"
 
-    def blocks(self, size=None):
+    def blocks(self, size: int | None = None) -> Iterator[np.ndarray]:
         """Yield the events in arrays of at most `size`."""
         size = size or BLOCK
         for begin in range(0, len(self.events), size):
             yield self.events[begin:begin + size]
 
-    def inferred(self):
+    def inferred(self) -> dict[str, int]:
         """Count what the history does not tell.
 
         Returns
@@ -132,25 +137,62 @@ class Trace:
         for block in self.blocks():
             origins += np.bincount(block["origin"], minlength=256)
 
-        def having(bit):
+        def having(bit: int) -> int:
             return int(sum(origins[value] for value in range(256) if value & bit))
 
         return {"events": having(Origin.EVENT), "access": having(Origin.ACCESS),
                 "file": having(Origin.FILE), "size": having(Origin.SIZE)}
 
-    def summary(self):
+    def programs(self) -> list[dict[str, Any]]:
+        """Count the events of each process, and tell what it ran.
+
+        Returns
+        -------
+        list of dict
+            ``pid``, ``events``, ``faults`` and ``program`` (the path it executed last; a fork has its parent's), in order
+            of appearance.
+        """
+        found: dict[int, dict[str, Any]] = {}
+
+        def entry(pid: int) -> dict[str, Any]:
+            return found.setdefault(pid, {"pid": pid, "events": 0, "faults": 0, "program": None})
+
+        for block in self.blocks():
+            pids, first, counts = np.unique(block["pid"], return_index=True, return_counts=True)
+            for index in np.argsort(first):
+                entry(int(pids[index]))["events"] += int(counts[index])
+            pids, counts = np.unique(block["pid"][block["op"] == Op.FAULT], return_counts=True)
+            for pid, count in zip(pids.tolist(), counts.tolist(), strict=True):
+                entry(pid)["faults"] += count
+            begun = block[np.isin(block["op"], (Op.EXEC, Op.FORK, Op.VFORK))]
+            for op, pid, file, child in begun[["op", "pid", "file", "arg"]].tolist():
+                if op == Op.EXEC:
+                    entry(pid)["program"] = self.metadata["files"][file]["path"] if file >= 0 else None
+                elif child < 1 << 31:
+                    entry(child)["program"] = entry(pid)["program"]
+        return list(found.values())
+
+    def summary(self) -> dict[str, Any]:
         """Count the events by operation and origin.
 
         Returns
         -------
         dict
-            ``events``, ``seconds``, ``processes``, ``threads``, ``operations`` (by name) and
-            ``inferred`` (by kind: whole events, access, file identity, size).
+            ``events``, ``seconds``, ``processes``, ``threads``, ``operations`` (by name), ``failed`` (calls),
+            ``faults`` (by access: ``read``, ``write``, ``unknown``; and of all of them ``kernel``) and ``inferred``
+            (by kind: whole events, access, file identity, size).
         """
-        operations = np.zeros(256, np.int64)
-        pids, tids, begin, end = set(), set(), 0, 0
+        operations, accesses = np.zeros(256, np.int64), np.zeros(256, np.int64)
+        pids: set[int] = set()
+        tids: set[int] = set()
+        begin = end = 0
+        failed = kernel = 0
         for number, block in enumerate(self.blocks()):
             operations += np.bincount(block["op"], minlength=256)
+            faults = block[block["op"] == Op.FAULT]
+            accesses += np.bincount(faults["access"], minlength=256)
+            kernel += int(np.count_nonzero(faults["flags"] & KERNEL))
+            failed += int(np.count_nonzero(block["errno"]))
             pids.update(np.unique(block["pid"]).tolist())
             tids.update(np.unique(block["tid"]).tolist())
             begin = begin if number else int(block["t"][0])
@@ -161,10 +203,12 @@ class Trace:
             "processes": len(pids),
             "threads": len(tids),
             "operations": {op.name.lower(): int(operations[op]) for op in Op if operations[op]},
+            "failed": failed,
+            "faults": {access.name.lower(): int(accesses[access]) for access in Access} | {"kernel": kernel},
             "inferred": self.inferred(),
         }
 
-    def save(self, path, *, packed=None):
+    def save(self, path: FilePath, *, packed: bool | None = None) -> None:
         """Write the history to `path`, compressed if its suffix is .xz, .gz or .zst.
 
         It is complete or not there; a symbolic link stays one.
@@ -213,7 +257,7 @@ class Trace:
             raise
 
     @classmethod
-    def load(cls, path):
+    def load(cls, path: FilePath) -> Self:
         """Read a history that `save` wrote; plain rows stay in the file and are mapped.
 
         Raises
@@ -236,24 +280,24 @@ class TraceWriter:
     assigned to, which is how a later event corrects an earlier one.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._file = tempfile.TemporaryFile(prefix="ioproc-")  # noqa: SIM115 - lives as long as the map
-        self._pending = []
+        self._pending: list[tuple[Any, ...]] = []
         self._length = 0
         self._map = self._mapped(BLOCK)
 
-    def _mapped(self, capacity):
+    def _mapped(self, capacity: int) -> np.memmap:
         self._file.truncate(capacity * EVENT.itemsize)
         return np.memmap(self._file, EVENT, "r+", shape=(capacity,))
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self._length + len(self._pending)
 
-    def _reserve(self, count):
+    def _reserve(self, count: int) -> None:
         if count > len(self._map):
             self._map = self._mapped(max(count, 2 * len(self._map)))
 
-    def append(self, row):
+    def append(self, row: tuple[Any, ...]) -> int:
         """Add one event, a tuple in the order of EVENT's fields; returns its index."""
         index = self._length + len(self._pending)
         self._pending.append(row)
@@ -261,14 +305,14 @@ class TraceWriter:
             self.flush()
         return index
 
-    def extend(self, rows):
+    def extend(self, rows: np.ndarray) -> None:
         """Add an array of events."""
         self.flush()
         self._reserve(self._length + len(rows))
         self._map[self._length:self._length + len(rows)] = rows
         self._length += len(rows)
 
-    def flush(self):
+    def flush(self) -> None:
         if self._pending:
             self._reserve(self._length + len(self._pending))
             self._map[self._length:self._length + len(self._pending)] = self._pending
@@ -276,24 +320,24 @@ class TraceWriter:
             self._pending.clear()
 
     @property
-    def array(self):
+    def array(self) -> np.ndarray:
         self.flush()
         return self._map[:self._length]
 
-    def event(self, index):
+    def event(self, index: int) -> Any:
         """One event already written, as a view."""
         if index >= self._length:
             self.flush()
         return self._map[index]
 
-    def assign(self, index, **fields):
+    def assign(self, index: int, **fields: Any) -> None:
         """Correct fields of an event that was already written."""
         if index >= self._length:
             self.flush()
         for name, value in fields.items():
             self._map[name][index] = value
 
-    def finish(self, metadata=None):
+    def finish(self, metadata: dict[str, Any] | None = None) -> Trace:
         """Return the `Trace` of everything written; it owns the temporary file from here on.
 
         Places that were reserved and never became an event (operation 0) are closed up.

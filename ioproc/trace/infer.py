@@ -9,21 +9,30 @@ from __future__ import annotations
 
 import bisect
 import collections
+import itertools
 import operator
+import re
+from typing import Any
 
 from .comm import annotate
-from .format import EVENT, Access, Op, Origin, Trace, TraceWriter
+from .format import EVENT, KERNEL, Access, Op, Origin, Trace, TraceWriter
 from .perf import read_perf
+from .source import FilePath, TraceError, lines
 from .strace import read_strace
+from .tracepoints import read_tracepoints
 
-__all__ = ["import_recording"]
+__all__ = ["import_recording", "recognise"]
 
 PAGE = 4096
 READ, WRITE, EXECUTE = 1, 2, 4
 SHARED, PRIVATE, FIXED, ANONYMOUS, GROWSDOWN, STACK = 1, 2, 0x10, 0x20, 0x100, 0x20000
 FIXED_NOREPLACE = 0x100000
 MREMAP_DONTUNMAP = 4
-DONTNEED, FREE, REMOVE = 4, 8, 9
+DONTNEED, FREE, REMOVE, PAGEOUT, DONTNEED_LOCKED = 4, 8, 9, 21, 24
+# What madvise tells a fork, as flags of an area beyond those of mmap: the child has not the area, or finds it empty.
+NOT_IN_CHILD, EMPTY_IN_CHILD = 1 << 32, 1 << 33
+FORK_ADVICE = {10: (NOT_IN_CHILD, NOT_IN_CHILD), 11: (NOT_IN_CHILD, 0),       # MADV_DONTFORK, DOFORK
+               18: (EMPTY_IN_CHILD, EMPTY_IN_CHILD), 19: (EMPTY_IN_CHILD, 0)}  # WIPEONFORK, KEEPONFORK
 # Programs and their heaps lie below, what the kernel places for mmap and the stack above.
 IMAGE_END = 0x700000000000
 # The kernel keeps at least 128 MiB between the stack and the highest mmap.
@@ -32,18 +41,22 @@ STACK_GAP = 64 << 20
 RACE_NS = 100_000
 
 # Plain integers: a member of an enumeration costs ten times as much to look up, per event.
-FAULT, MAPPING, READS, WRITES, BY_RULE = map(int, (Op.FAULT, Op.MAP, Access.READ, Access.WRITE, Origin.ACCESS))
+FAULT, MAPPING = int(Op.FAULT), int(Op.MAP)
+READS, WRITES, BY_RULE = int(Access.READ), int(Access.WRITE), int(Origin.ACCESS)
 
 T, PID, TID, OP, ACCESS, ORIGIN, ERRNO, PROT, FLAGS, FILE, ADDR, LENGTH, ARG, RET = range(14)
 
 
-def import_recording(strace, perf=None, *, lenient=False, comm=None, metadata=None):
+def import_recording(strace: FilePath | None = None, perf: FilePath | None = None, *, tracepoints: FilePath | None = None,
+                     lenient: bool = False, comm: FilePath | None = None, metadata: dict[str, Any] | None = None) -> Trace:
     """Make a history out of a recording.
 
     Parameters
     ----------
-    strace, perf : path-like
-        Output of ``strace`` and ``perf script``; see docs/trace.md for their options.
+    strace, perf : path-like, optional
+        Output of ``strace`` and of ``perf script`` of page faults; see docs/trace.md for their options.
+    tracepoints : path-like
+        Instead of these: output of ``perf script`` of system calls and page faults as tracepoints, or normalised lines.
     lenient : bool
         Skip and count broken lines instead of raising.
     comm : path-like, optional
@@ -61,14 +74,67 @@ def import_recording(strace, perf=None, *, lenient=False, comm=None, metadata=No
     ------
     TraceError
         The input cannot be read; names the file and, for a broken line, its number.
+    TypeError
+        Neither strace's output nor one of tracepoints, or both.
     """
-    calls = read_strace(strace, lenient)
-    faults = read_perf(perf, lenient) if perf is not None else Trace(calls.events[:0])
+    if tracepoints is not None and strace is perf is None:
+        calls, faults = read_tracepoints(tracepoints, lenient)
+    elif strace is not None and tracepoints is None:
+        calls = read_strace(strace, lenient)
+        faults = read_perf(perf, lenient) if perf is not None else Trace(calls.events[:0])
+    else:
+        raise TypeError("a recording is strace's, with or without perf's page faults, or one of tracepoints")
     programs = _survey(calls, faults)
     trace = _Inference(calls, faults, programs).run(metadata)
+    trace.metadata["import"] |= {
+        "tracepoints": calls.metadata["counts"], "clock": calls.metadata["clock"],
+    } if tracepoints is not None else {
+        "strace": calls.metadata["counts"], "perf": faults.metadata.get("counts", {}), "clock": "realtime",
+    }
     if comm is not None:
         trace = annotate(trace, comm, lenient=lenient)
     return trace
+
+
+# What a line of each kind of recording looks like.  A mapping record may stand in two of them.
+_KINDS = {kind: re.compile(pattern) for kind, pattern in {
+    "tracepoints": r"(?:.{0,99}\s)?\d{1,10}\.\d{6,9}:\s+(?:\d{1,9}\s+)?[a-z]\w{0,40}:\w{1,60}:"
+                   r"|\d+ \d+ \d+ [a-z]\w* [0-9a-f]",
+    "strace": r"(?:\[pid +)?\d{1,9}\]? +\d{1,10}\.\d{6,9} (?:\w{1,40}\(|<\.\.\. |\+\+\+ |--- )",
+    "perf": r"(?:.{0,99}\s)?\d{1,10}\.\d{6,9}:\s+(?:\d{1,9}\s+)?(?:page-faults\S{0,9}:\s+)?"
+            r"[0-9a-f]{1,16}\s+[0-9a-f]{1,16}\s*$",
+}.items()}
+_RECORD = re.compile(r"(?:.{0,99}\s)?\d{1,10}\.\d{6,9}: PERF_RECORD_")
+LOOKED_AT = 10_000      # lines
+
+
+def recognise(path: FilePath) -> str:
+    """Tell what a recording is by its content.
+
+    Parameters
+    ----------
+    path : path-like
+        A text, plain or compressed.
+
+    Returns
+    -------
+    str
+        ``strace``, ``perf`` (page faults) or ``tracepoints``: the argument of `import_recording` that it is for.
+
+    Raises
+    ------
+    TraceError
+        It is none of these.
+    """
+    records = False
+    for _, line in itertools.islice(lines(path), LOOKED_AT):
+        for kind, pattern in _KINDS.items():
+            if pattern.match(line[:400]):
+                return kind
+        records = records or _RECORD.match(line[:400]) is not None
+    if records:
+        return "perf"
+    raise TraceError(path, "neither strace's nor perf script's output")
 
 
 END = (1 << 64,)
@@ -114,6 +180,11 @@ class Space:
         self.generation += 1
         child.generation = child.born = self.generation
         child.pages = self.pages.copy()
+        for area in self.areas:
+            if area[3] & NOT_IN_CHILD:
+                child.cut(area[0], area[1])
+            elif area[3] & EMPTY_IN_CHILD:
+                child.forget(area[0], area[1])
         return child
 
     def find(self, addr):
@@ -156,6 +227,11 @@ class Space:
         for area in self.cut_keeping_pages(start, end):
             index = bisect.bisect_left(self.starts, area[0])
             self.replace(index, index, [(area[0], area[1], prot, area[3])])
+
+    def advise_fork(self, start, end, mask, flag):
+        for area in self.cut_keeping_pages(start, end):
+            index = bisect.bisect_left(self.starts, area[0])
+            self.replace(index, index, [(*area[:3], area[3] & ~mask | flag)])
 
     def cut_keeping_pages(self, start, end):
         pages, self.pages = self.pages, {}
@@ -208,10 +284,13 @@ class Space:
         elif op == Op.MREMAP and not row[ERRNO]:
             self.mremap(start, _up(row[LENGTH]), _up(row[ARG]), row[FLAGS], row[RET])
         elif op == Op.MADVISE and not row[ERRNO]:
-            if row[ARG] in (DONTNEED, REMOVE):
-                self.forget(start, start + _up(row[LENGTH]))
-            elif row[ARG] == FREE:
-                self.touch_protection(start, start + _up(row[LENGTH]))
+            end = start + _up(row[LENGTH])
+            if row[ARG] in (DONTNEED, REMOVE, DONTNEED_LOCKED):
+                self.forget(start, end)
+            elif row[ARG] in (FREE, PAGEOUT):
+                self.touch_protection(start, end)
+            elif row[ARG] in FORK_ADVICE:
+                self.advise_fork(start, end, *FORK_ADVICE[row[ARG]])
         elif op == Op.SHMAT and not row[ERRNO]:
             prot = READ if row[FLAGS] & 0o10000 else READ | WRITE
             self.put(row[RET], row[RET] + segment_size, prot, SHARED)
@@ -300,16 +379,23 @@ class Records:
             space.program.records.append((record, name))
             space.put(record[ADDR] & -PAGE, record[ADDR] + _up(record[LENGTH]), record[PROT], record[FLAGS])
         elif call[OP] == Op.MMAP and record[ADDR] == call[RET] and min(call[FILE], record[FILE]) >= 0:
-            entry = self.calls.metadata["files"][call[FILE]]
-            if entry["path"] is None:
-                path = self.files[record[FILE]]["path"]
-                number = self.named.setdefault((path, entry["handle"]), len(self.calls.metadata["files"]))
-                if number == len(self.calls.metadata["files"]):
-                    self.calls.metadata["files"].append({**entry, "path": path})
-                self.calls.events["file"][index] = number
+            self.name(index, call, self.files[record[FILE]])
+        elif call[OP] == Op.SHMAT and record[ADDR] == call[RET]:
+            self.calls.events["length"][index] = record[LENGTH]
         else:
             return False
         return True
+
+    def name(self, index, call, file):
+        """Of the two paths, strace's tells more; of an unnamed file, only the inode tells which it is."""
+        files = self.calls.metadata["files"]
+        entry = files[call[FILE]]
+        if entry["path"] is None or entry["inode"] is None:
+            path = file["path"] if entry["path"] is None else entry["path"]
+            number = self.named.setdefault((path, entry["handle"], file["inode"]), len(files))
+            if number == len(files):
+                files.append({**entry, "path": path, "inode": file["inode"]})
+            self.calls.events["file"][index] = number
 
 
 class Program:
@@ -447,7 +533,7 @@ def _survey(calls, faults):
         if op == FAULT:
             if space is None:
                 continue
-            if pid in records.last:
+            if pid in records.last and not row[FLAGS] & KERNEL:
                 records.fault(pid)
             program, addr, ip = space.program, row[ADDR], row[ARG]
             if space.find(addr) is None:
@@ -487,7 +573,7 @@ def _survey(calls, faults):
                     program.protected.append((row[ADDR], row[ADDR] + _up(row[LENGTH])))
             # How long a segment is shows only later; up to the next mapping it can be nothing else.
             end = space.gap_end(row[RET]) if op == Op.SHMAT else None
-            space.apply(row, (end or row[RET] + (1 << 30)) - row[RET])
+            space.apply(row, _up(row[LENGTH]) or (end or row[RET] + (1 << 30)) - row[RET])
     return programs
 
 
@@ -513,8 +599,8 @@ class _Inference:
         self.traced = set()
         self.counts = dict.fromkeys((
             "recorded_mappings", "inferred_mappings", "assumed_writes", "proved_reads", "known_writes", "known_reads",
-            "write_notified", "races", "repeated", "unmapped", "not_accessible", "recognised_files",
-            "segments"), 0)
+            "recorded_accesses", "write_notified", "races", "repeated", "unanswered", "unmapped", "not_accessible",
+            "recognised_files", "segments"), 0)
 
     def run(self, metadata):
         for row in _merged(self.calls, self.faults):
@@ -608,17 +694,22 @@ class _Inference:
 
     def map_file(self, row, space):
         entry = self.calls.metadata["files"][row[FILE]]
-        path, handle, origin = entry["path"], entry["handle"], row[ORIGIN]
+        path, handle, inode, opened = (entry[name] for name in ("path", "handle", "inode", "opened"))
+        origin = row[ORIGIN]
         base, end, file = self.current.get((id(space), row[FILE]), (0, 0, None))
         fixed = row[FLAGS] & (FIXED | FIXED_NOREPLACE)
         lasting = path is not None and path.startswith("/") and "(deleted)" not in path \
             and path != "/dev/zero"
         if lasting:
             file = self.identify(("path", path), path)
+        elif inode is not None and path != "/dev/zero":
+            file = self.identify(("inode", inode), path)
+        elif ("opened", opened) in self.identities:
+            file = self.identities["opened", opened]
         elif not (fixed and file is not None and base <= row[RET] < end):
             what = (path, row[LENGTH], row[PROT], row[FLAGS], row[ARG])
             if row[FLAGS] & SHARED:
-                key = ("shared", id(space.program), handle, path, row[LENGTH])
+                key = ("shared", id(space.program), handle, path, row[LENGTH], opened)
             else:
                 # Each process that runs the same program maps the same libraries alike.
                 seen = self.patterns.setdefault(id(space), {})
@@ -628,7 +719,10 @@ class _Inference:
                     origin |= Origin.FILE
                     self.counts["recognised_files"] += 1
             file = self.identify(key, path)
-            self.current[id(space), row[FILE]] = (row[RET], row[RET] + row[LENGTH], file)
+            if opened is None:
+                self.current[id(space), row[FILE]] = (row[RET], row[RET] + row[LENGTH], file)
+            else:
+                self.identities["opened", opened] = file
         self.grow(file, row[ARG] + row[LENGTH])
         return (*row[:ORIGIN], origin, *row[ORIGIN + 1:FILE], file, *row[FILE + 1:])
 
@@ -636,11 +730,14 @@ class _Inference:
         handle = self.calls.metadata["files"][row[FILE]]["handle"]
         file = self.identify(("segment", handle), None, "shm")
         entry = self.files[file]
-        if not entry["size"] and not row[ERRNO]:
+        if row[LENGTH]:
+            entry["size"] = max(entry["size"], _up(row[LENGTH]))
+        elif not entry["size"] and not row[ERRNO]:
             end = space.gap_end(row[RET])
             entry["size"] = end - row[RET] if end is not None and end - row[RET] < STACK_GAP else PAGE
             self.counts["segments"] += 1
-        row = (*row[:ORIGIN], Origin.SIZE, *row[ORIGIN + 1:FILE], file, row[ADDR], entry["size"], *row[ARG:])
+        origin = Origin.RECORDED if row[LENGTH] else Origin.SIZE
+        row = (*row[:ORIGIN], origin, *row[ORIGIN + 1:FILE], file, row[ADDR], entry["size"], *row[ARG:])
         return row, entry["size"]
 
     # -- faults
@@ -649,6 +746,9 @@ class _Inference:
         space = self.spaces.get(row[PID])
         if space is None:
             self.excluded[row[PID]] = self.excluded.get(row[PID], 0) + 1
+            return
+        if row[ACCESS]:
+            self.known_fault(row, space)
             return
         addr, counts = row[ADDR], self.counts
         page = addr // PAGE
@@ -695,6 +795,35 @@ class _Inference:
         if state is not None:
             space.pages[page] = index << 24 | (space.generation % GENERATIONS) << 3 | state
 
+    def known_fault(self, row, space):
+        """A fault that says what it was; it is only told whether the history explains it."""
+        access, counts, page = row[ACCESS], self.counts, row[ADDR] // PAGE
+        area = space.find(row[ADDR])
+        index = len(self.writer)
+        counts["recorded_accesses"] += 1
+        if area is None:
+            counts["unmapped"] += 1
+        elif not area[2] & WRITE if access == WRITES else not area[2]:
+            counts["not_accessible"] += 1
+        else:
+            before = self.before(space, page, area)
+            known = before & 3
+            if known and not before & CHANGED and (known == KNOWN_WRITE or access == READS):
+                earlier = self.writer.event(before >> 24)
+                if earlier["flags"] & KERNEL and earlier["tid"] == row[TID]:
+                    # The kernel had asked not to wait for it; only now it does.
+                    self.writer.assign(before >> 24, op=0)
+                    counts["unanswered"] += 1
+                elif earlier["tid"] != row[TID] and row[T] - int(earlier["t"]) < RACE_NS:
+                    counts["races"] += 1
+                else:
+                    counts["repeated"] += 1
+            elif known == KNOWN_READ and access == WRITES:
+                counts["write_notified"] += area[3] & SHARED
+            state = KNOWN_WRITE if access == WRITES else max(known, KNOWN_READ)
+            space.pages[page] = index << 24 | (space.generation % GENERATIONS) << 3 | state
+        self.writer.append((*row[:ARG], 0, 0))
+
     def before(self, space, page, area):
         """The state of a page: its last event, CHANGED if something came between, or 0 if it is absent."""
         state = space.pages.get(page, 0)
@@ -716,7 +845,6 @@ class _Inference:
             "excluded_processes": sum(pid not in self.traced for pid in self.excluded),
             "excluded_faults": sum(self.excluded.values()) - before,
             "faults_before_start": before,
-            "strace": self.calls.metadata["counts"], "perf": self.faults.metadata.get("counts", {}),
         }
         trace = self.writer.finish()
         start = int(trace.events["t"][0]) if len(trace) else 0
@@ -726,4 +854,4 @@ class _Inference:
         return trace
 
 
-_INDEX = {name: index for index, name in enumerate(EVENT.names)}
+_INDEX = {name: index for index, name in enumerate(EVENT.names or ())}

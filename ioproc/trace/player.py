@@ -14,6 +14,7 @@ __all__ = ["PLACEMENTS", "Replay", "replay"]
 
 PLACEMENTS = ("none", "mm", "vma")
 FRAMES = 1 << 24
+LARGEST_FILE = 1 << 46      # of the model; what a damaged history claims beyond it is not there
 
 
 @dataclass(frozen=True)
@@ -61,14 +62,14 @@ class Replay:
     placement: str
     events: int
     seconds: float
-    operations: dict
-    inferred: dict
+    operations: dict[str, int]
+    inferred: dict[str, int]
     guessed: int
-    differences: dict
-    first_differing: list
+    differences: dict[str, dict[str, int]]
+    first_differing: list[int]
     disagreement: float
-    callbacks: dict
-    useful: dict
+    callbacks: dict[str, int]
+    useful: dict[str, int]
     calls: int
     useful_share: float
     chain_nodes: int
@@ -77,15 +78,16 @@ class Replay:
     registered_peak: int
     vmas_peak: int
     address_spaces: int
-    faults: dict
+    faults: dict[str, int]
 
     @property
-    def ns_per_event(self):
+    def ns_per_event(self) -> float:
         """float: measured."""
         return self.seconds / self.events * 1e9 if self.events else float("nan")
 
 
-def replay(trace, *, placement="none", communication=None, ops=None, frames=FRAMES):
+def replay(trace: Trace, *, placement: str = "none", communication: Communication | None = None, ops: Ops | None = None,
+           frames: int = FRAMES) -> Replay:
     """Drive one address space per process through a history, in one call without the GIL.
 
     Addresses the history returned are imposed; what differs from the record is counted, never hidden.
@@ -122,7 +124,7 @@ def replay(trace, *, placement="none", communication=None, ops=None, frames=FRAM
     if ops is not None and not isinstance(ops, Ops):
         raise TypeError(f"ops = {ops!r}: not an Ops")
     plan = np.empty(0, REGISTRATION) if communication is None else _checked(communication.plan)
-    sizes = [int(file.get("size") or 0) for file in trace.metadata["files"]]
+    sizes = [min(int(file.get("size") or 0), LARGEST_FILE) for file in trace.metadata["files"]]
     player = Player(PhysicalMemory(frames), sizes, ops, PLACEMENTS.index(placement))
     begin = time.perf_counter()
     player.run(np.ascontiguousarray(trace.events), plan)

@@ -1,4 +1,4 @@
-"""Recording a command: strace for the system calls, perf for the page faults, both on one clock."""
+"""Recording a command: strace for the system calls and perf for the page faults, both on one clock; or perf for both."""
 from __future__ import annotations
 
 import os
@@ -10,9 +10,12 @@ import statistics
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+from .format import Trace
 from .infer import import_recording
+from .source import FilePath
 
 __all__ = ["RecordError", "record"]
 
@@ -25,19 +28,23 @@ class RecordError(Exception):
     """The command cannot be recorded here; the message says why, in one line."""
 
 
-def record(command, *, untraced_runs=3, comm=None, keep=None, cwd=None, quiet=False):
-    """Run a command under strace and perf, and import what they saw.
+def record(command: Sequence[str], *, tracer: str = "strace", untraced_runs: int = 3, comm: FilePath | None = None,
+           keep: FilePath | None = None, cwd: FilePath | None = None, quiet: bool = False) -> Trace:
+    """Run a command under strace and perf, or perf alone, and import what they saw.
 
     Parameters
     ----------
     command : list of str
         The program and its arguments; found on PATH, and started by its absolute path.
+    tracer : {"strace", "perf"}
+        What records the system calls: strace, and perf the page faults of user mode, which anybody may do; or perf
+        both of them as tracepoints, on one clock and with the kernel's faults, which only root may do.
     untraced_runs : int
         How often to run it without tracing first, for its wall time (the median); 0 for not at all.
     comm : path-like, optional
         Communication the command writes by itself, as `annotate` reads it.
     keep : path-like, optional
-        A directory to keep the two texts in, as ``strace`` and ``perf``.
+        A directory to keep the texts in, as ``strace`` and ``perf``, or ``tracepoints``.
     cwd : path-like, optional
         Where to run the command.
     quiet : bool
@@ -51,54 +58,126 @@ def record(command, *, untraced_runs=3, comm=None, keep=None, cwd=None, quiet=Fa
     Raises
     ------
     RecordError
-        strace or perf is missing or may not trace, or the command cannot be started.
+        strace or perf is missing or may not trace, `keep` or `comm` cannot be used, or the command cannot be started.
     """
+    if tracer not in TRACERS:
+        raise ValueError(f"tracer = {tracer!r}: not one of {', '.join(TRACERS)}")
+    run, needed = TRACERS[tracer]
     tools = {}
-    for tool in ("strace", "perf"):
+    for tool in needed:
         tools[tool] = shutil.which(tool)
         if tools[tool] is None:
             raise RecordError(f"{tool} is not installed")
     # What has no directory is looked for on PATH, everything else starts where the command will run.
     named = os.path.join(cwd or "", command[0]) if os.path.dirname(command[0]) else command[0]
-    program = shutil.which(named)
-    if program is None:
+    found = shutil.which(named)
+    if found is None:
         raise RecordError(f"no such command: {command[0]}")
-    program = [os.path.abspath(program), *command[1:]]
+    program = [os.path.abspath(found), *command[1:]]
+    if tracer == "perf":
+        tracepoints()
+    usable(keep, comm)
     output = subprocess.DEVNULL if quiet else None
     times = [_timed(program, cwd) for _ in range(untraced_runs)]
     with tempfile.TemporaryDirectory(prefix="ioproc-") as scratch:
-        calls, samples, faults = (Path(scratch, name) for name in ("strace", "perf.data", "perf"))
-        options = ["-f", "-y", "--seccomp-bpf", "-ttt", "-T", "-X", "raw", "-e", "trace=memory,process"]
-        # A larger buffer loses less, and only root may have it by default.
-        buffer = ["-m", "1024"] if os.geteuid() == 0 else []
-        # perf puts its own directory first on the PATH of what it starts; the command gets ours.
-        path = ["-E", f"PATH={os.environ['PATH']}" if "PATH" in os.environ else "PATH"]
-        status = _status([tools["perf"], "record", "-q", "-e", "page-faults:u", "-c", "1", "-d", "-k", "CLOCK_REALTIME",
-              *buffer, "-o", str(samples), "--",
-              tools["strace"], *options, *path, "-o", str(calls), "--", *program], cwd, output)
-        if not calls.exists() or not calls.stat().st_size or not samples.exists():
-            raise RecordError("strace or perf may not trace here (see kernel.perf_event_paranoid and "
-                              "kernel.yama.ptrace_scope)")
-        with open(faults, "wb") as out:
-            script = [tools["perf"], "script", "--ns", "-F", "pid,tid,time,addr,ip", "--show-mmap-events", "--show-lost-events",
-                      "-i", str(samples)]
-            _run(script, cwd, out)
+        status, texts, options = run(tools, program, Path(scratch), cwd, output)
         if keep is not None:
-            Path(keep).mkdir(parents=True, exist_ok=True)
-            shutil.copy(calls, Path(keep, "strace"))
-            shutil.copy(faults, Path(keep, "perf"))
+            for name, text in texts.items():
+                shutil.copy(text, Path(keep, name))
         failed = [number for number in (status, *(number for *_, number in times)) if number]
-        return import_recording(calls, faults, comm=comm, metadata={
+        return import_recording(**texts, comm=comm, metadata={
             "command": shlex.join(command),
             "host": _cpu(),
             "kernel": platform.release(),
             "allocator": {name: os.environ[name] for name in ALLOCATOR if name in os.environ},
             "untraced_s": _median(wall for wall, *_ in times),
             "untraced_cpu_s": _median(cpu for _, cpu, _ in times),
-            "recorded": f"{_version(tools['strace'])} {' '.join(options)}; {_version(tools['perf'])} record "
-                        "-e page-faults:u -c 1 -d -k CLOCK_REALTIME",
+            "recorded": "; ".join(f"{_version(tools[tool])} {used}" for tool, used in options.items()),
             **({"status": failed[0]} if failed else {}),
         })
+
+
+def usable(keep: FilePath | None, comm: FilePath | None) -> None:
+    """Notice before the command runs, not after it, what could not be written or read; RecordError."""
+    if comm is not None and os.path.lexists(comm) and not (os.path.isfile(comm) and os.access(comm, os.R_OK)):
+        raise RecordError(f"cannot read {comm}")
+    if keep is not None:
+        try:
+            Path(keep).mkdir(parents=True, exist_ok=True)
+        except (OSError, ValueError) as error:
+            raise RecordError(f"cannot keep anything in {keep}: {getattr(error, 'strerror', None) or error}") from None
+        if not os.access(keep, os.W_OK | os.X_OK):
+            raise RecordError(f"cannot keep anything in {keep}: may not write there")
+        for name in ("strace", "perf", "tracepoints"):
+            if Path(keep, name).is_dir():
+                raise RecordError(f"cannot keep anything in {keep}: its {name} is a directory")
+
+
+def _strace(tools, program, scratch, cwd, output):
+    """strace around the command, perf around strace; returns the status, the texts and the options."""
+    calls, samples, faults = (scratch / name for name in ("strace", "perf.data", "perf"))
+    tracing = ["-f", "-y", "--seccomp-bpf", "-ttt", "-T", "-X", "raw", "-e", "trace=memory,process"]
+    sampling = ["-e", "page-faults:u", "-c", "1", "-d", "-k", "CLOCK_REALTIME"]
+    # perf puts its own directory first on the PATH of what it starts; the command gets ours.
+    path = ["-E", f"PATH={os.environ['PATH']}" if "PATH" in os.environ else "PATH"]
+    status = _status([tools["perf"], "record", "-q", *sampling, *_buffer(), "-o", str(samples), "--",
+                      tools["strace"], *tracing, *path, "-o", str(calls), "--", *program], cwd, output)
+    if not calls.exists() or not calls.stat().st_size or not samples.exists():
+        raise RecordError("strace or perf may not trace here (see kernel.perf_event_paranoid and "
+                          "kernel.yama.ptrace_scope)")
+    with open(faults, "wb") as out:
+        _run([tools["perf"], "script", "--ns", "-F", "pid,tid,time,addr,ip", "--show-mmap-events", "--show-lost-events",
+              "-i", str(samples)], cwd, out)
+    return status, {"strace": calls, "perf": faults}, {"strace": " ".join(tracing), "perf": f"record {' '.join(sampling)}"}
+
+
+def _perf(tools, program, scratch, cwd, output):
+    """perf alone."""
+    samples, text = scratch / "perf.data", scratch / "tracepoints"
+    sampling = ["-c", "1", "-d", "-k", "CLOCK_MONOTONIC"]
+    events = [option for event in tracepoints() for option in ("-e", event)]
+    # perf puts the directory of its parts first on the PATH of what it starts; so the command gets ours.
+    environment = dict(os.environ)
+    first, _, rest = environment.get("PATH", "").partition(os.pathsep)
+    if first and rest:
+        environment |= {"PERF_EXEC_PATH": first, "PATH": rest}
+    status = _status(["perf", "record", "-q", *events, *sampling, *_buffer(), "-o", str(samples), "--", *program],
+                     cwd, output, executable=tools["perf"], env=environment)
+    if not samples.exists() or not samples.stat().st_size:
+        raise RecordError("perf may not trace here (see kernel.perf_event_paranoid)")
+    with open(text, "wb") as out:
+        _run([tools["perf"], "script", "--header", "--ns", "-F", "trace:pid,tid,time,event,trace", "--show-mmap-events",
+              "--show-task-events", "--show-lost-events", "-i", str(samples)], cwd, out)
+    return status, {"tracepoints": text}, {"perf": f"record -e {','.join(POINTS)} {' '.join(sampling)}"}
+
+
+TRACERS = {"strace": (_strace, ("strace", "perf")), "perf": (_perf, ("perf",))}
+
+CALLS = ("mmap", "munmap", "mprotect", "pkey_mprotect", "mremap", "brk", "madvise", "msync", "mlock", "mlock2", "munlock",
+         "shmat", "shmdt", "clone", "clone3", "fork", "vfork", "execve", "execveat", "exit_group", "mlockall", "munlockall",
+         "remap_file_pages", "process_madvise", "mseal")
+POINTS = (f"syscalls:sys_{{enter,exit}}_{{{','.join(CALLS)}}}", "exceptions:page_fault_{user,kernel}",
+          "task:task_newtask", "sched:sched_process_{exec,exit}")
+TRACEFS = (Path("/sys/kernel/tracing/events"), Path("/sys/kernel/debug/tracing/events"))
+
+
+def tracepoints() -> list[str]:
+    """The tracepoints to record, of those that this kernel has; RecordError if they cannot be read."""
+    for events in TRACEFS:
+        if os.access(events / "exceptions/page_fault_user/id", os.R_OK):
+            break
+    else:
+        raise RecordError("tracepoints cannot be read here: that needs root, and a mounted tracefs "
+                          "(mount -t tracefs nodev /sys/kernel/tracing)")
+    calls = [f"syscalls/sys_{end}_{name}" for name in CALLS for end in ("enter", "exit")]
+    others = ["exceptions/page_fault_user", "exceptions/page_fault_kernel", "task/task_newtask",
+              "sched/sched_process_exec", "sched/sched_process_exit"]
+    return [name.replace("/", ":") for name in calls + others if (events / name).is_dir()]
+
+
+def _buffer():
+    """A larger buffer loses less, and only root may have it by default."""
+    return ["-m", "1024"] if os.geteuid() == 0 else []
 
 
 def _timed(command, cwd):
@@ -120,9 +199,9 @@ def _run(command, cwd, output):
         raise RecordError(f"{Path(command[0]).name} {command[1]} ends with status {status}")
 
 
-def _status(command, cwd, output):
+def _status(command, cwd, output, **options):
     try:
-        return subprocess.run(command, cwd=cwd, stdout=output, check=False).returncode
+        return subprocess.run(command, cwd=cwd, stdout=output, check=False, **options).returncode
     except OSError as error:
         raise RecordError(f"{command[0]}: {error.strerror}") from None
 

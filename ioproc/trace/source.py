@@ -8,9 +8,13 @@ import io
 import lzma
 import os
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, Any
 
-__all__ = ["LineError", "TraceError", "lines", "open_input", "open_output", "output_path"]
+FilePath = str | os.PathLike[str]
+
+__all__ = ["FilePath", "LineError", "TraceError", "lines", "open_input", "open_output", "output_path"]
 
 
 class TraceError(Exception):
@@ -26,7 +30,7 @@ class TraceError(Exception):
         The line, counted from 1, if it is a text.
     """
 
-    def __init__(self, path, reason, line=None):
+    def __init__(self, path: FilePath, reason: str, line: int | None = None) -> None:
         self.path, self.reason, self.line = os.fspath(path), reason, line
         where = self.path if line is None else f"{self.path}:{line}"
         super().__init__(f"{where}: {reason}")
@@ -42,7 +46,7 @@ _DAMAGE = (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error)
 
 def _zstandard(path):
     try:
-        import zstandard
+        import zstandard  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
         raise TraceError(path, "reading and writing .zst needs the package zstandard") from None
     return zstandard
@@ -102,7 +106,7 @@ class _Frames:
         self._file.close()
 
 
-def open_input(path):
+def open_input(path: FilePath) -> _Checked:
     """Open `path` for reading bytes, decompressed by its suffix; every error is a TraceError."""
     path = Path(path)
     try:
@@ -119,7 +123,7 @@ def open_input(path):
         raise TraceError(str(path), str(error)) from None
 
 
-def output_path(path):
+def output_path(path: FilePath) -> Path:
     """The file that writing to `path` makes or replaces: symbolic links are followed, devices left alone.
 
     Raises OSError, with `path` as its filename, or TraceError if what compresses it is missing.
@@ -138,9 +142,10 @@ def output_path(path):
 
 
 @contextlib.contextmanager
-def open_output(path):
+def open_output(path: FilePath) -> Iterator[IO[bytes]]:
     """Open `path` for writing bytes, compressed by its suffix; errors are OSErrors."""
     path = Path(path)
+    stream: Any
     if path.suffix == ".xz":
         stream = lzma.open(path, "wb", preset=9 | lzma.PRESET_EXTREME)
     elif path.suffix == ".gz":
@@ -157,7 +162,7 @@ def open_output(path):
 LINE_LIMIT = 1 << 20
 
 
-def lines(path):
+def lines(path: FilePath) -> Iterator[tuple[int, str]]:
     """Yield ``(number, line)`` of a text, plain or compressed, without its line ends.
 
     Bytes that are not UTF-8 become surrogates, so that any input can be looked at.

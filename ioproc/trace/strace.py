@@ -9,12 +9,11 @@ from __future__ import annotations
 import errno
 import re
 
-from .format import Op, TraceWriter
-from .source import LineError, TraceError, lines
+from .calls import ANONYMOUS, CLONE_VFORK, CLONE_VM, EXECS, FORKS, KNOWN, TAKES, CallReader, fields
+from .format import Op, Trace
+from .source import FilePath, LineError, TraceError, lines
 
 __all__ = ["read_strace"]
-
-CLONE_VM, CLONE_VFORK, CLONE_THREAD = 0x100, 0x4000, 0x10000
 
 _LINE = re.compile(r"(?:\[pid +)?(\d{1,9})\]? +(\d{1,10})\.(\d{6,9}) (.+)", re.S)
 _CALL = re.compile(r"([\w?]+)\((.*)\) += (0x[0-9a-f]+|-?\d+|\?)(.*)", re.S)
@@ -22,20 +21,15 @@ _RESUMED = re.compile(r"<\.\.\. ([\w?]+) resumed>(.*)", re.S)
 _HALF = re.compile(r"([\w?]+)\((.*?) ?<(?:unfinished|pid changed to (\d{1,9})) \.\.\.>$", re.S)
 _ENDED = re.compile(r"\+\+\+ (?:exited with \d+|killed by \w+(?: \(core dumped\))?"
                     r"|superseded by execve in pid \d{1,9}) \+\+\+$")
-_TAIL = re.compile(r"(?:<.*?>)?(?: ([A-Z]\w*)(?: \(.*\))?| \(.*\))? <(\d{1,6})\.(\d{6,9})>$", re.S)
+_DURATION = re.compile(r" <(\d{1,6})\.(\d{6,9})>$")
+_ERROR = re.compile(r" ([A-Z]\w*)")
 _MMAP = re.compile(r"(\w+), (\w+), (\w+), (\w+), (-?\w+)(?:<(.*)>(\(deleted\))?)?, (\w+)$", re.S)
 _FLAGS = re.compile(r"\bflags=(0x[0-9a-f]+|0)(?:[,|})]|$)")
 _PATH = re.compile(r'execve(?:at\([^"]*|\()"((?:[^"\\]|\\.)*)"')
 _NOT_RAW = re.compile(r"\b(?:PROT_|MAP_|CLONE_|MADV_|MREMAP_|MS_)")
 
-# At which of its two ends a call takes effect; the others of these classes of calls change no mapping.
-_TAKES = {"munmap", "madvise", "shmdt", "msync", "munlock"}
-_GIVES = {"mmap", "mprotect", "pkey_mprotect", "mremap", "shmat", "mlock", "mlock2", "brk"}
-_FORKS = {"clone", "clone3", "fork", "vfork"}
-_EXECS = {"execve", "execveat"}
 
-
-def read_strace(path, lenient=False):
+def read_strace(path: FilePath, lenient: bool = False) -> Trace:
     """Read the system calls of a recording.
 
     Parameters
@@ -84,18 +78,12 @@ def number(text, limit=1 << 64):
     return value
 
 
-class _Reader:
+class _Reader(CallReader):
     def __init__(self):
-        self.writer = TraceWriter()
-        self.files = {}
-        self.counts = {"lines": 0, "skipped_lines": 0, "signals": 0, "cut_short": 0,
-                       "failed_forks": 0, "failed_execs": 0, "ignored_calls": {}}
+        super().__init__()
+        self.counts["signals"] = 0
         self.pending = {}       # tid -> (name, arguments so far, start, reserved row)
-        self.group = {}         # tid -> pid, while it lives
-        self.members = {}       # pid -> its living tids
         self.first_row = {}     # tid that appeared before its clone returned -> row from which it wrote
-        self.breaks = {}        # pid -> program break
-        self.now = 0
 
     def line(self, line):
         match = _LINE.match(line)
@@ -132,11 +120,6 @@ class _Reader:
             self.first_row[tid] = len(self.writer)
         return pid
 
-    def join(self, tid, pid):
-        self.group[tid] = pid
-        self.members.setdefault(pid, set()).add(tid)
-        return pid
-
     def thread(self, tid, pid):
         """A clone has returned: `tid` is a thread of `pid`, whatever it may have looked like before."""
         if self.group.get(tid) == tid != pid and tid in self.first_row:
@@ -169,7 +152,7 @@ class _Reader:
     def drop(self, tid):
         """What `tid` was in the middle of never returned."""
         name = self.pending.pop(tid, ("",))[0]
-        if name in _TAKES or name in _GIVES or name in _FORKS:
+        if name in KNOWN - EXECS:
             self.counts["cut_short"] += 1
 
     # -- calls and their halves
@@ -178,7 +161,7 @@ class _Reader:
         pid = self.pid_of(tid)
         self.drop(tid)
         row = None
-        if name in _TAKES or name in _FORKS or name == "brk":
+        if name in TAKES or name in FORKS or name == "brk":
             row = self.emit(t + 999, pid, tid, 0)
         self.pending[int(successor) if successor else tid] = (name, arguments, t, row)
 
@@ -198,160 +181,71 @@ class _Reader:
 
     def call(self, tid, t, row, name, arguments, result, tail):
         pid = self.pid_of(tid)
-        known = name in _TAKES or name in _GIVES or name in _FORKS or name in _EXECS
-        if not known:
+        if name not in KNOWN:
             if name not in ("exit", "exit_group"):
-                ignored = self.counts["ignored_calls"]
-                if len(ignored) < 1000 or name in ignored:
-                    ignored[name] = ignored.get(name, 0) + 1
+                self.ignored(name)
             return
         if result == "?":
             self.counts["cut_short"] += 1
             return
-        match = _TAIL.match(tail)
+        match = _DURATION.search(tail)
         if match is None:
             raise LineError("no duration after the result; record with strace -T")
-        error, seconds, fraction = match.groups()
+        seconds, fraction = match.groups()
         end = t + int(seconds) * 1_000_000_000 + int(fraction.ljust(9, "0"))
         failed = 0
         if result == "-1":
-            failed = min(getattr(errno, error or "", 255), 255)
+            error = _ERROR.match(tail)
             if error is None:
                 raise LineError("failed with no error name")
+            failed = min(getattr(errno, error[1], 255), 255)
         value = 0 if failed else number(result)
-        if name in _FORKS:
-            self.forked(t, row, pid, tid, name, arguments, failed, value)
-        elif name in _EXECS:
-            self.executed(t, end, tid, f"{name}({arguments}", failed)
-        else:
-            fields = getattr(self, "_" + name)(arguments, value)
-            if not failed and (fields.get("length", 0) >> 56 or fields.get("arg", 0) >> 62 or value >> 56):
-                raise LineError("no such call can have succeeded")
-            takes = name in _TAKES
-            if name == "brk":
-                takes = 0 < fields["addr"] < self.breaks.get(pid, 0)
-                self.breaks[pid] = value
-            if takes and row is not None:
-                self.writer.assign(row, errno=failed, **fields)
+        if name in FORKS:
+            if failed:
+                self.counts["failed_forks"] += 1
             else:
-                self.emit(min(t + 999, end) if takes else end, pid, tid, errno=failed, **fields)
-
-    def emit(self, t, pid, tid, op=0, errno=0, prot=0, flags=0, file=-1, addr=0, length=0, arg=0, ret=0):
-        self.now = max(self.now, t)
-        return self.writer.append((self.now, pid, tid, op, 0, 0, errno, prot, flags, file, addr, length, arg,
-                                   ret))
-
-    def forked(self, t, row, pid, tid, name, arguments, failed, child):
-        if failed:
-            self.counts["failed_forks"] += 1
-            return
-        flags = CLONE_VM | CLONE_VFORK if name == "vfork" else 0
-        if name.startswith("clone"):
-            match = _FLAGS.search(arguments)
-            if match is None:
-                raise LineError(f"no raw flags in {name}; record with strace -X raw")
-            flags = number(match[1])
-        if not 0 < child < 1 << 31:
-            raise LineError(f"{name} did not return a process")
-        if flags & CLONE_THREAD:
-            self.thread(child, pid)
-            return
-        self.join(child, child)
-        fields = {"op": Op.VFORK if flags & CLONE_VM else Op.FORK, "arg": child}
-        if row is None:
-            self.emit(t, pid, tid, **fields)
+                self.forked(t, row, pid, tid, value, _clone_flags(name, arguments))
+        elif name in EXECS:
+            match = _PATH.match(f"{name}({arguments}")
+            if failed:
+                self.counts["failed_execs"] += 1
+            else:
+                self.executed(t, end, pid, _unescaped(match[1]) if match else None)
         else:
-            self.writer.assign(row, **fields)
+            # strace rounds off the microseconds at which a call starts.
+            self.changed(min(t + 999, end), end, row, pid, tid, failed, self.event(name, arguments, value))
 
-    def executed(self, t, end, tid, text, failed):
-        if failed:
-            self.counts["failed_execs"] += 1
-            return
-        pid = self.pid_of(tid)
-        for other in self.members[pid] - {pid}:
-            self.group.pop(other, None)
-        self.members[pid] = {pid}
-        self.group[pid] = pid
-        self.breaks.pop(pid, None)
-        match = _PATH.match(text)
-        path = _unescaped(match[1]) if match else None
-        # The start tells which PERF_RECORD_MMAP2 belong to the new image; see infer.py.
-        self.emit(end, pid, pid, Op.EXEC, file=self.file(path, -1, "file"), arg=t)
+    def event(self, name, arguments, value):
+        if name == "mmap":
+            return self.mapped(arguments, value)
+        event = fields(name, [number(part) for part in arguments.split(", ")], value)
+        if name == "shmat":
+            event["file"] = self.file(None, event["file"], "shm")
+        return event
 
-    def file(self, path, handle, kind):
-        return self.files.setdefault((path, handle, kind), len(self.files))
-
-    # -- the fields of each call
-
-    def _mmap(self, arguments, value):
+    def mapped(self, arguments, value):
         match = _MMAP.match(arguments)
         if match is None:
             raise LineError("mmap needs six arguments")
         addr, length, prot, flags, fd, path, deleted, offset = match.groups()
-        flags = number(flags, 1 << 32)
-        file = -1
-        if not flags & 0x20:
-            path = _unescaped(path) + (deleted or "") if path is not None else None
-            file = self.file(path, number(fd, 1 << 31), "file")
-        return {"op": Op.MMAP, "addr": number(addr), "length": number(length), "prot": number(prot, 1 << 32),
-                "flags": flags, "file": file, "arg": number(offset), "ret": value}
-
-    def _munmap(self, arguments, value):
-        return _fields(Op.MUNMAP, arguments, "addr", "length")
-
-    def _mprotect(self, arguments, value):
-        return _fields(Op.MPROTECT, arguments, "addr", "length", "prot")
-
-    def _pkey_mprotect(self, arguments, value):
-        return self._mprotect(arguments.rpartition(", ")[0], value)
-
-    def _mremap(self, arguments, value):
-        given = arguments.count(", ") == 4
-        fields = _fields(Op.MREMAP, arguments, "addr", "length", "arg", "flags", *(["ret"] if given else []))
-        return fields | {"ret": value or fields.get("ret", 0)}
-
-    def _brk(self, arguments, value):
-        return _fields(Op.BRK, arguments, "addr") | {"ret": value}
-
-    def _madvise(self, arguments, value):
-        return _fields(Op.MADVISE, arguments, "addr", "length", "arg")
-
-    def _msync(self, arguments, value):
-        return _fields(Op.MSYNC, arguments, "addr", "length", "arg")
-
-    def _mlock(self, arguments, value):
-        return _fields(Op.MLOCK, arguments, "addr", "length")
-
-    def _mlock2(self, arguments, value):
-        return _fields(Op.MLOCK, arguments, "addr", "length", "flags")
-
-    def _munlock(self, arguments, value):
-        return _fields(Op.MUNLOCK, arguments, "addr", "length")
-
-    def _shmat(self, arguments, value):
-        fields = _fields(Op.SHMAT, arguments, "file", "addr", "flags")
-        return fields | {"file": self.file(None, fields["file"], "shm"), "ret": value}
-
-    def _shmdt(self, arguments, value):
-        return _fields(Op.SHMDT, arguments, "addr")
+        flags, file = number(flags), -1
+        if not flags & ANONYMOUS:
+            path = _unescaped(path) + (" (deleted)" if deleted else "") if path is not None else None
+            file = self.file(path, number(fd, 1 << 31))
+        return fields("mmap", [number(addr), number(length), number(prot), flags, file, number(offset)], value)
 
     def finish(self):
-        self.counts["cut_short"] += sum(name in _TAKES or name in _GIVES or name in _FORKS
-                                        for name, *_ in self.pending.values())
-        files = [{"path": path, "size": 0, "kind": kind, "handle": handle}
-                 for path, handle, kind in self.files]
-        return self.writer.finish({"files": files, "counts": self.counts})
+        self.counts["cut_short"] += sum(name in KNOWN - EXECS for name, *_ in self.pending.values())
+        return super().finish()
 
 
-_LIMITS = {"prot": 1 << 32, "flags": 1 << 32, "file": 1 << 31}
-
-
-def _fields(op, arguments, *names):
-    parts = arguments.split(", ")
-    if len(parts) != len(names):
-        raise LineError(f"{op.name.lower()} needs {len(names)} arguments, not {len(parts)}")
-    return {"op": op} | {name: number(part, _LIMITS.get(name, 1 << 64))
-                         for name, part in zip(names, parts, strict=True)}
+def _clone_flags(name, arguments):
+    if not name.startswith("clone"):
+        return CLONE_VM | CLONE_VFORK if name == "vfork" else 0
+    match = _FLAGS.search(arguments)
+    if match is None:
+        raise LineError(f"no raw flags in {name}; record with strace -X raw")
+    return number(match[1])
 
 
 def _unescaped(text):

@@ -58,7 +58,10 @@ cdef VMArea *vma_duplicate(VMArea *vma, u64 start, u64 end, u64 pgoff) noexcept 
 
 cdef int vma_split(MM *mm, VMArea *vma, u64 addr) noexcept nogil:
     """[start, addr) stays `vma`, [addr, end) becomes its successor; both carry the chain.  Fires nothing."""
-    cdef VMArea *upper = vma_duplicate(vma, addr, vma.end, vma_index(vma, addr))
+    cdef VMArea *upper
+    if vma.flags & VM_HUGETLB and addr & (HUGE_SIZE - 1):
+        return -EINVAL
+    upper = vma_duplicate(vma, addr, vma.end, vma_index(vma, addr))
     if upper == NULL:
         return -ENOMEM
     vma_resize(vma, vma.start, addr)
@@ -138,6 +141,8 @@ cdef bint anon_inherit(VMArea *to, const VMArea *source) noexcept nogil:
 
 
 cdef void vma_remove(MM *mm, VMArea *vma) noexcept nogil:
+    if vma.flags & VM_RESERVED:
+        huge_unreserve(vma)
     vma_erase(mm, vma)
     vma_free(vma)
 

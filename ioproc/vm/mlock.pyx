@@ -2,11 +2,6 @@
 from libc.errno cimport EAGAIN, EPERM
 
 
-
-cdef bint may_lock(const MM *mm, u64 pages) noexcept nogil:
-    return mm.limit_memlock == UINT64_MAX or mm.locked_pages + pages <= mm.limit_memlock >> PAGE_SHIFT
-
-
 cdef int lock_checked(const MM *mm, u64 pages) noexcept nogil:
     """May a mapping call lock so many more?"""
     if mm.limit_memlock == 0:

@@ -6,7 +6,7 @@ cdef int mm_remap_file_pages(MM *mm, u64 start, u64 length, u64 pgoff) noexcept 
     cdef u64 end = (start & PAGE_MASK) + (length & PAGE_MASK)
     cdef VMArea *vma
     cdef VMArea *last
-    cdef u64 kept = VM_ACCESS | VM_MAYACCESS | VM_SHARED | VM_LOCKED | VM_SYSV_SHM
+    cdef u64 kept = VM_ACCESS | VM_MAYACCESS | VM_SHARED | VM_LOCKED | VM_SYSV_SHM | VM_HUGETLB | VM_DONTEXPAND
     cdef i64 result
     cdef int error
     start &= PAGE_MASK
@@ -28,6 +28,8 @@ cdef int mm_remap_file_pages(MM *mm, u64 start, u64 length, u64 pgoff) noexcept 
             return -EINVAL
     if mm.map_count > mm.max_map_count:
         return -ENOMEM
+    if vma.flags & VM_HUGETLB and (start | length) & (HUGE_SIZE - 1):
+        return -EINVAL
     if vma.flags & VM_LOCKED:
         error = lock_checked(mm, length >> PAGE_SHIFT)
         if error:
@@ -43,8 +45,9 @@ cdef int mm_remap_file_pages(MM *mm, u64 start, u64 length, u64 pgoff) noexcept 
 
 cdef int remap_nonlinear(MM *mm, VMArea *vma, u64 start, u64 end, u64 pgoff) noexcept nogil:
     cdef FrameBatch batch
+    cdef int tries = RECLAIM_TRIES
     cdef int result = 0
-    if end > vma.end:
+    if end > vma.end or vma.flags & VM_HUGETLB:
         return -EINVAL
     if pgoff != vma_index(vma, start):
         vma_set_flags(vma, vma.flags | VM_NONLINEAR)
@@ -53,6 +56,10 @@ cdef int remap_nonlinear(MM *mm, VMArea *vma, u64 start, u64 end, u64 pgoff) noe
     batch_begin(&batch, mm.mem, 0)
     while start < end and result == 0:
         result = install_page(mm, vma, start, pgoff, &batch)
+        if result and tries and reclaim_some(mm.mem):
+            tries -= 1
+            result = 0
+            continue
         start += PAGE_SIZE
         pgoff += 1
     batch_end(&batch)

@@ -6,25 +6,26 @@ cdef int mm_pin(MM *mm, u64 start, u64 end, bint write, u64 *pfns) noexcept nogi
     """A reference to the frame of each page of [start, end), page aligned.  0, or a negative errno and no page pinned."""
     cdef FrameBatch batch
     cdef u64 addr = start
-    cdef u64 *pte
+    cdef u64 pte = 0
     cdef int why = ACCESS_OK
     batch_begin(&batch, mm.mem, (end - start) >> PAGE_SHIFT)
     while addr < end:
-        why = access_page(mm, addr, write, &batch, &pte)
-        if why == ACCESS_OK and pte[0] & PTE_SPECIAL:           # no frame of ours
+        # a stack grows for the processor only
+        why = access_any(mm, addr, write, &batch, &pte) if vma_at(mm, addr) != NULL else ACCESS_SEGV
+        if why == ACCESS_OK and pte & PTE_SPECIAL:              # no frame of ours
             why = ACCESS_SEGV
         if why:
             break
         pfns[(addr - start) >> PAGE_SHIFT] = 0
-        if not pte[0] & PTE_ZERO:           # which is never counted
-            pfns[(addr - start) >> PAGE_SHIFT] = pte_pfn(pte[0])
-            atomic_add(&frame_at(mm.mem, pte_pfn(pte[0])).counts, ONE_REFERENCE)
+        if not pte & PTE_ZERO:              # which is never counted
+            pfns[(addr - start) >> PAGE_SHIFT] = pte_pfn(pte)
+            atomic_add(&frame_any(mm.mem, pte_pfn(pte)).counts, ONE_REFERENCE)
         addr += PAGE_SIZE
     if why:
         while addr > start:
             addr -= PAGE_SIZE
             if pfns[(addr - start) >> PAGE_SHIFT]:
-                frame_put(&batch, pfns[(addr - start) >> PAGE_SHIFT])
+                pin_put(&batch, pfns[(addr - start) >> PAGE_SHIFT])
     batch_end(&batch)
     if why == ACCESS_OOM:
         return -ENOMEM
@@ -35,14 +36,23 @@ cdef u64 pins_of(Memory *mem, u64 pfn) noexcept nogil:
     """References to a frame that are no cache's."""
     cdef u64 owner, cached
     cdef Frame *frame
-    if pfn > mem.nframes:
+    frame = frame_any(mem, pfn)
+    if frame == NULL:
         return 0
-    frame = frame_at(mem, pfn)
     pthread_mutex_lock(&mem.lock)
     owner = atomic_load(&frame.owner) & ~<u64> OWNER_DIRTY
-    cached = owner != 0 and not owner & OWNER_ANON or (mem.nslots and mem.slot_of[pfn] != 0)
+    cached = owner != 0 and not owner & OWNER_ANON
+    if pfn <= mem.nframes and mem.nslots and mem.slot_of[pfn]:
+        cached = 1
     pthread_mutex_unlock(&mem.lock)
     return references_of(atomic_load(&frame.counts)) - cached
+
+
+cdef void pin_put(FrameBatch *batch, u64 pfn) noexcept nogil:
+    if pfn <= batch.mem.nframes:
+        frame_put(batch, pfn)
+    else:
+        huge_put(batch.mem, pfn, ONE_REFERENCE, False)
 
 
 cdef u64 frames_unpin(Memory *mem, const u64 *pfns, const i64 *times, u64 n) noexcept nogil:
@@ -56,6 +66,6 @@ cdef u64 frames_unpin(Memory *mem, const u64 *pfns, const i64 *times, u64 n) noe
     batch_begin(&batch, mem, 0)
     for i in range(n):
         for k in range(times[i] if pfns[i] else 0):
-            frame_put(&batch, pfns[i])
+            pin_put(&batch, pfns[i])
     batch_end(&batch)
     return n

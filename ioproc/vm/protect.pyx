@@ -23,11 +23,13 @@ cdef int mm_mprotect(MM *mm, u64 start, u64 length, u64 prot) noexcept nogil:
         return -ENOMEM
     if prot & ~<u64> (VM_ACCESS | PROT_SEM):
         return -EINVAL
-    if grows:                               # the model has no VMA that grows: what is there is the wrong kind
+    if grows:                               # from the start of the stack; none grows up
         vma = vma_first_in(mm, start, end)
         if vma == NULL or (grows == PROT_GROWSUP and vma.start > start):
             return -ENOMEM
-        return -EINVAL
+        if grows == PROT_GROWSUP or not vma.flags & VM_GROWSDOWN:
+            return -EINVAL
+        start = vma.start
     while start < end:
         vma = vma_at(mm, start)
         if vma == NULL:
@@ -51,7 +53,7 @@ cdef int vma_protect(MM *mm, VMArea *vma, u64 start, u64 end, u64 flags) noexcep
     if flags & VM_WRITE:
         if not may_expand(mm, flags, pages) and may_expand(mm, vma.flags, pages):
             return -ENOMEM
-        if not vma.flags & (VM_ACCOUNT | VM_WRITE | VM_SHARED | VM_NORESERVE):
+        if not vma.flags & (VM_ACCOUNT | VM_WRITE | VM_SHARED | VM_NORESERVE | VM_HUGETLB):
             flags |= VM_ACCOUNT
     elif vma.flags & VM_ACCOUNT and vma_is_anonymous(vma) and vma.anon == NULL:
         flags &= ~<u64> VM_ACCOUNT
@@ -59,7 +61,10 @@ cdef int vma_protect(MM *mm, VMArea *vma, u64 start, u64 end, u64 flags) noexcep
     if error:
         return error
     fire_protection(mm, vma, start, end, <u32> (flags & VM_ACCESS))
-    protect_range(mm, vma, start, end)
+    if vma.flags & VM_HUGETLB:
+        protect_huge_range(mm, vma, start, end)
+    else:
+        protect_range(mm, vma, start, end)
     if flags & VM_WRITE and old & (VM_WRITE | VM_SHARED | VM_LOCKED) == VM_LOCKED:
         populate(mm, start, end, False)            # locked memory takes its write faults now
     return 0
@@ -141,7 +146,7 @@ cdef int populate_advised(MM *mm, u64 start, u64 end, bint write) noexcept nogil
             return -EINVAL
         stop = vma.end if vma.end < end else end
         batch_begin(&batch, mm.mem, (stop - start) >> PAGE_SHIFT)
-        why = touch_range(mm, start, stop, write, &batch, &faulted, &stopped)
+        why = touch_any(mm, start, stop, write, &batch, &faulted, &stopped)
         batch_end(&batch)
         if why:
             return -EFAULT if why == ACCESS_BUS else -ENOMEM
@@ -212,6 +217,12 @@ cdef int mm_madvise(MM *mm, u64 start, u64 length, int advice) noexcept nogil:
         if advice == MADV_DONTNEED or advice == MADV_DONTNEED_LOCKED:
             if vma.flags & VM_PFNMAP or (vma.flags & VM_LOCKED and advice == MADV_DONTNEED):
                 return -EINVAL
+            if vma.flags & VM_HUGETLB:
+                if start & (HUGE_SIZE - 1):
+                    return -EINVAL
+                stop &= HUGE_MASK           # part of a page is not forgotten
+                if start == stop:
+                    return result
             fire_range(mm, INVALIDATE_RANGE, vma, start, stop)
             batch_begin(&batch, mm.mem, 0)
             if vma.flags & VM_NONLINEAR:
@@ -219,6 +230,7 @@ cdef int mm_madvise(MM *mm, u64 start, u64 length, int advice) noexcept nogil:
             else:
                 zap_range(mm, start, stop, &batch)
             batch_end(&batch)
+            stop = vma.end if vma.end < end else end
         elif advice == MADV_FREE:
             if vma.flags & VM_LOCKED or not vma_is_anonymous(vma):
                 return -EINVAL

@@ -8,10 +8,11 @@ from libc.stdlib cimport free, malloc, realloc
 from ioproc.hooks.chain cimport INVALIDATE_PAGE, unlikely
 from ioproc.vm.fire cimport fire_page
 from ioproc.vm.frames cimport ONE_REFERENCE, mapcount_of, pool_give, references_of
+from ioproc.vm.huge cimport huge_entry
 from ioproc.vm.mm cimport (
     HOOKED, MM, OWNER_ANON, OWNER_BITS, OWNER_DIRTY, PAGE_SHIFT, PTE_DIRTY, PTE_EXCLUSIVE, PTE_UNCOUNTED, PTE_YOUNG,
-    VM_LOCKED, AnonLink, AnonVMA, FileCache, Frame, Memory, Table, Victims, VMArea, atomic_load, atomic_or, atomic_store,
-    atomic_sub, mm_is_mine, mm_trylock, mm_unlock, pthread_mutex_lock, pthread_mutex_unlock, vma_index)
+    VM_HUGETLB, VM_LOCKED, AnonLink, AnonVMA, FileCache, Frame, Memory, Table, Victims, VMArea, atomic_load, atomic_or,
+    atomic_store, atomic_sub, mm_is_mine, mm_trylock, mm_unlock, pthread_mutex_lock, pthread_mutex_unlock, vma_index)
 from ioproc.vm.page_table cimport leaf_drop, leaf_find, pte_find, table_index
 from ioproc.vm.swap cimport CACHE_DISK, CACHE_SLOT, slot_give, slot_take, swap_pte
 
@@ -127,7 +128,7 @@ cdef inline bint scan_vma(Scan *scan, VMArea *vma, u64 index, u64 pfn) noexcept 
         scan.locked[scan.nlocked] = mm
         scan.nlocked += 1
     addr = vma.start + ((index - vma.pgoff) << PAGE_SHIFT)
-    pte = pte_find(mm.root, addr)
+    pte = huge_entry(mm.huge, addr) if vma.flags & VM_HUGETLB else pte_find(mm.root, addr)
     if pte == NULL or pte[0] >> PAGE_SHIFT != pfn or pte[0] & PTE_UNCOUNTED:
         return True
     if vma.flags & VM_LOCKED:

@@ -4,9 +4,8 @@
 # An entry of a node knows where its last VMA ends and the largest gap below one of its VMAs, so a search reads nodes only,
 # whose keys lie side by side: of a million VMAs one leaf is out of the cache, and then the VMA itself.
 from libc.stdint cimport UINT64_MAX, int64_t as i64, uint64_t as u64
-from libc.stdlib cimport free
+from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memmove
-from posix.stdlib cimport posix_memalign
 from ioproc.hooks.chain cimport likely, unlikely
 from ioproc.vm.mm cimport (
     MM, MMAP_MIN, NODE_ENTRIES, PAGE_SHIFT, VM_GROWSDOWN, VM_LOCKED, VM_SHARED, VM_WRITE, Entry, Node, VMArea, check,
@@ -76,7 +75,19 @@ cdef inline bint vma_is_anonymous(const VMArea *vma) noexcept nogil:
 
 cdef inline bint is_data(u64 flags) noexcept nogil:
     """Counts against RLIMIT_DATA."""
-    return flags & (VM_WRITE | VM_SHARED) == VM_WRITE
+    return flags & (VM_WRITE | VM_SHARED | VM_GROWSDOWN) == VM_WRITE
+
+
+cdef inline bint may_expand(const MM *mm, u64 flags, u64 pages) noexcept nogil:
+    """RLIMIT_AS and RLIMIT_DATA allow so many more."""
+    if mm.total_pages + pages > mm.limit_as >> PAGE_SHIFT:
+        return False
+    return not is_data(flags) or mm.data_pages + pages <= mm.limit_data >> PAGE_SHIFT
+
+
+cdef inline bint may_lock(const MM *mm, u64 pages) noexcept nogil:
+    """RLIMIT_MEMLOCK allows so many more."""
+    return mm.limit_memlock == UINT64_MAX or mm.locked_pages + pages <= mm.limit_memlock >> PAGE_SHIFT
 
 
 cdef inline void pages_count(MM *mm, u64 flags, u64 pages) noexcept nogil:
@@ -106,12 +117,10 @@ cdef inline u64 vma_gap(const VMArea *vma) noexcept nogil:
 
 cdef inline Node *node_new() noexcept nogil:
     """Empty; NULL: no memory."""
-    cdef void *memory
-    cdef Node *node
+    cdef Node *node = <Node *> malloc(sizeof(Node))
     cdef int i
-    if posix_memalign(&memory, 64, sizeof(Node)) != 0:
+    if node == NULL:
         return NULL
-    node = <Node *> memory
     for i in range(NODE_ENTRIES + 1):
         node.entry[i].end = UINT64_MAX
         node.entry[i].child = NULL
