@@ -324,6 +324,9 @@ class MM(VmaList, HugeMappings):
         doomed = self._isolate(new.start, new.end)
         if not self._may_expand(new.flags, new.pages - sum(vma.pages for vma in doomed)):
             fail(errno.ENOMEM)      # what was split stays split
+        for vma in doomed:
+            if vma.huge:
+                self.mem.hold(vma.file)
         if doomed:
             self._unmap_isolated(doomed, new.start, new.end)
         if new.huge:
