@@ -92,18 +92,17 @@ def test_random_programs(vm, share, executor, kernel, capsys):
     compare_all(vm, programs, executor, capsys, f"; not with swap: {no_swap}" if no_swap else "; with swap")
 
 
-def test_huge_pages(executor, capsys):
+@pytest.mark.parametrize("vm, share", [(ioproc, 0.25), (model, 0.1)], ids=["ioproc", "model"])
+def test_huge_pages(vm, share, executor, capsys):
     if not (pages := versions.huge_pages()):
         pytest.skip("no free huge pages (vm.nr_hugepages)")
-    programs = (generate(SEED, index, huge=True) for index in range(max(1, PROGRAMS // 5)))
-    compare_all(ioproc, programs, executor, capsys, f"; {pages} huge pages")
+    programs = (generate(SEED, index, huge=True) for index in range(max(1, int(PROGRAMS * share))))
+    compare_all(vm, programs, executor, capsys, f"; {pages} huge pages")
 
 
 @pytest.mark.parametrize("vm", [ioproc, model], ids=["ioproc", "model"])
 @pytest.mark.parametrize("program", CASES.values(), ids=CASES)
 def test_a_case(program, vm, kernel, can_swap):
-    if program.huge and vm is model:
-        pytest.skip("model.py has no huge pages")
     if program.swaps and not can_swap:
         pytest.skip(versions.no_swap(kernel.sees))
     if program.huge and not versions.huge_pages():

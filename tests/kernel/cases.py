@@ -324,6 +324,7 @@ CASES = {
     # MREMAP_DONTUNMAP
     "a VMA that was moved away is as new": Program((
         anonymous(0, 2), write(0), duplicate(0, 2, 10), anonymous(2, 2), write(2), write(0), anonymous(12, 2), write(10),
+        anonymous(34, 2), write(34), anonymous(30, 2), write(30), duplicate(30, 2, 40), anonymous(32, 2), write(31),
         anonymous(20, 6), write(20), write(25), duplicate(22, 2, 10), write(22),
     )),
     "DONTUNMAP of every kind": Program((
