@@ -337,6 +337,9 @@ CASES = {
         duplicate(0, 4, 2), duplicate(0, 0, 10), ("mremap", 0, at(0), PAGE, PAGE, 5, at(2) + 1), duplicate(8, 1, 10),
         ("mremap", 0, at(0), 4 * PAGE, 4 * PAGE, 5, at(20)), ("mremap", 0, at(0), 4 * PAGE, 4 * PAGE, 5, at(2)),
     )),
+    "DONTUNMAP needs room": Program((
+        anonymous(0, 4), write(0), duplicate(0, 4, 10), duplicate(0, 4, 20), move(0, 4, 4, 30),
+    ), limit_as=10),
     # stacks
     "a stack grows, and remembers that it did": Program((
         stack(20, 2), write(19), read(16), ("fork", 0), write(12, 1), write(14), stack(10, 4), write(9),
@@ -354,6 +357,7 @@ CASES = {
     ), limit_stack=4 * PAGE),
     "a locked stack": Program((stack(20, 2), lock(20, 2), write(19), write(18), pin(18), lock(17, 2)), limit_memlock=3 * PAGE),
     "a stack within limits": Program((stack(20, 2), write(19), write(15), write(18)), limit_as=5),
+    "a stack is not data": Program((stack(20, 2), write(19), write(15), anonymous(30, 4), anonymous(34, 2)), limit_data=5),
     "nothing but an access makes a stack grow": Program((
         stack(20, 2), pin(19), pin(19, 2, 1), lock(19, 2), advise(19, 1, POPULATE_WRITE), write(19), pin(19),
     )),
@@ -370,6 +374,9 @@ CASES = {
         read(1, 2), advise(0, 2, KEEP), advise(0, 2, KEEP, 1), ("fork", 0), read(0, 3), of_file(8, 1), advise(2, 8, WIPE),
         advise(8, 1, KEEP),
     ), files=(PAGE,)),
+    "a wiped VMA is as new": Program((
+        anonymous(0, 2), write(0), advise(0, 2, WIPE), ("fork", 0), anonymous(2, 2, process=1), advise(2, 2, WIPE, 1), write(3, 1),
+    )),
     "populating stops at the first that fails": Program((
         anonymous(0, 2), write(0), anonymous(2, 2, R), anonymous(4, 2, 0), of_file(8, 4, kind=SHARED), ("fork", 0),
         advise(0, 6, POPULATE_READ),
