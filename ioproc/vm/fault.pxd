@@ -276,7 +276,7 @@ cdef inline int fault_swap(MM *mm, VMArea *vma, u64 addr, u64 *pte, bint write, 
         done = False
     else:
         frame = frame_at(mem, pfn)
-        if slot.count == 1:
+        if slot.count == 1 and slot.pfn == 0:
             frame_from_slot(mem, number, frame)
             atomic_store(&frame.counts, 1)
         elif slot_copy(mem, number, frame):
