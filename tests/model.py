@@ -165,13 +165,18 @@ class MM(VmaList, HugeMappings):
 
     def pagemap(self, addr, length):
         rows = np.zeros((addr % PAGE + length + PAGE - 1) // PAGE, PAGE_ROW)
-        for i, page in enumerate(range(addr // PAGE * PAGE, addr + length, PAGE)):
-            pte = self.ptes.get(page) or self.ptes.get(page // HUGE * HUGE)
+        first = addr // PAGE
+        for page, pte in self._entries(addr // HUGE * HUGE, addr + length).items():
+            n = 512 if isinstance(pte, Pte) and pte.frame.huge else 1
+            at = max(page // PAGE, first)
+            end = max(page // PAGE + n, first)
+            where = rows[at - first:end - first]
             if isinstance(pte, SwapEntry):
-                rows[i]["swapped"] = page in self.ptes
-            elif pte and (pte.frame.huge or page in self.ptes):
-                rows[i] = (True, False, pte.writable, pte.dirty, pte.young, pte.frame is self.mem.zero,
-                           len(pte.frame.mappings) > 1, pte.frame.pfn + page % len(pte.frame.data) // PAGE)
+                where["swapped"] = True
+            else:
+                where[:] = (True, False, pte.writable, pte.dirty, pte.young, pte.frame is self.mem.zero,
+                            len(pte.frame.mappings) > 1, 0)
+                where["pfn"] = pte.frame.pfn + at - page // PAGE + np.arange(len(where))
         return rows
 
     @property
