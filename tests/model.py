@@ -574,6 +574,8 @@ class MM(VmaList, HugeMappings):
                 self._fault(page, write)
             except AccessError:
                 fail(errno.EFAULT)
+            except MemoryError:
+                fail(errno.ENOMEM)
 
     # --- locked memory
 
@@ -597,6 +599,8 @@ class MM(VmaList, HugeMappings):
             self._populate(start, start + length, strict=True)
         except AccessError:
             fail(errno.ENOMEM)
+        except MemoryError:
+            fail(errno.EAGAIN)
 
     def munlock(self, addr, length):
         self._mark_locked(addr // PAGE * PAGE, align(length + addr % PAGE), 0)

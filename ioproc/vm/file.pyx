@@ -122,7 +122,7 @@ cdef bint vma_maps(const VMArea *vma, u64 start, u64 end, u64 *first, u64 *last)
     """[*first, *last): where the VMA maps [start, end) of its file.  False: nowhere."""
     cdef u64 low = vma.pgoff << PAGE_SHIFT
     cdef u64 high = low + (vma.end - vma.start)
-    if vma.flags & VM_NONLINEAR:            # anywhere
+    if atomic_load(&vma.flags) & VM_NONLINEAR:        # anywhere
         first[0] = vma.start
         last[0] = vma.end
         return True
