@@ -28,21 +28,35 @@ except ModuleNotFoundError as error:
 from .trace import Trace, choose, replay
 
 MAP_FIXED = 0x10
+MAP_GROWSDOWN = 0x100
 MAP_LOCKED = 0x2000
 MAP_NORESERVE = 0x4000
 MAP_POPULATE = 0x8000
 MAP_STACK = 0x20000
+MAP_HUGETLB = 0x40000
 MAP_FIXED_NOREPLACE = 0x100000
 MREMAP_MAYMOVE = 1
 MREMAP_FIXED = 2
+MREMAP_DONTUNMAP = 4
+PROT_GROWSDOWN = 0x1000000
+MADV_WIPEONFORK = 18
+MADV_KEEPONFORK = 19
+MADV_COLD = 20
+MADV_PAGEOUT = 21
+MADV_POPULATE_READ = 22
+MADV_POPULATE_WRITE = 23
+MADV_DONTNEED_LOCKED = 24
 MS_ASYNC = 1
 MS_INVALIDATE = 2
 MS_SYNC = 4
 
 __all__ = [
-    "HOOK_NAMES", "MAP_FIXED", "MAP_FIXED_NOREPLACE", "MAP_LOCKED", "MAP_NORESERVE", "MAP_POPULATE", "MAP_STACK", "MREMAP_FIXED",
-    "MREMAP_MAYMOVE", "MS_ASYNC", "MS_INVALIDATE", "MS_SYNC", "VMA", "AccessError", "AddressSpace", "BusError", "CountingOps",
-    "File", "Ops", "PhysicalMemory", "SegmentationFault", "Trace", "choose", "get_include", "replay",
+    "HOOK_NAMES", "MADV_COLD", "MADV_DONTNEED_LOCKED", "MADV_KEEPONFORK", "MADV_PAGEOUT", "MADV_POPULATE_READ",
+    "MADV_POPULATE_WRITE", "MADV_WIPEONFORK",
+    "MAP_FIXED", "MAP_FIXED_NOREPLACE", "MAP_GROWSDOWN", "MAP_HUGETLB", "MAP_LOCKED", "MAP_NORESERVE", "MAP_POPULATE",
+    "MAP_STACK", "MREMAP_DONTUNMAP", "MREMAP_FIXED", "MREMAP_MAYMOVE", "MS_ASYNC", "MS_INVALIDATE", "MS_SYNC",
+    "PROT_GROWSDOWN", "VMA", "AccessError", "AddressSpace", "BusError", "CountingOps", "File", "Ops", "PhysicalMemory",
+    "SegmentationFault", "Trace", "choose", "get_include", "replay",
 ]
 __version__ = "0.1.0"
 

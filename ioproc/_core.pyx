@@ -17,6 +17,7 @@ from ioproc.vm.frames cimport *
 from ioproc.vm.page_table cimport *
 from ioproc.vm.vma cimport *
 from ioproc.vm.rmap cimport *
+from ioproc.vm.huge cimport *
 from ioproc.vm.fire cimport *
 from ioproc.vm.swap cimport *
 from ioproc.vm.reclaim cimport *
@@ -28,8 +29,10 @@ include "hooks/ops.pyx"
 include "vm/chains.pyx"
 include "vm/merge.pyx"
 include "vm/mmap.pyx"
+include "vm/mlock.pyx"
 include "vm/protect.pyx"
 include "vm/mremap.pyx"
+include "vm/huge.pyx"
 include "vm/nonlinear.pyx"
 include "vm/device.pyx"
 include "vm/lifecycle.pyx"

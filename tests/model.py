@@ -5,7 +5,8 @@ everything that can be seen. It is slow on purpose: VMAs are a sorted list, a pa
 every rule stands once, in the order in which Linux 6.18 applies it. Behaviour is the running kernel's
 (tests/test_kernel.py compares this model with it); hooks fire where the IOPROC patch put them.
 
-In model_memory.py: frames, swap, files. In model_vma.py: VMAs, merging, limits. Here: page tables and calls.
+In model_memory.py: frames, swap, files. In model_vma.py: VMAs, merging, limits. In model_huge.py: huge pages.
+Here: page tables and calls.
 
 Out of frames: some are reclaimed, and if none can be, MemoryError. What the call did before stays (pages
 faulted in so far, page cache pages read in), the failing page is left as it was, and MAP_POPULATE ignores
@@ -20,7 +21,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from model_huge import *
+from model_huge import HugeMappings, HugePool
 from model_memory import *
+from model_memory import PhysicalMemory as Frames
 from model_vma import *
 
 CALLBACKS = ("release", "sync_range", "invalidate_range", "update_range", "change_protection",
@@ -28,6 +32,12 @@ CALLBACKS = ("release", "sync_range", "invalidate_range", "update_range", "chang
 FAULT_KINDS = ("zero", "anon", "file", "reuse", "cow", "swap")
 PAGE_ROW = np.dtype([(name, "?") for name in
                      ("present", "swapped", "writable", "dirty", "young", "zero", "shared")] + [("pfn", "u8")])
+
+
+class PhysicalMemory(Frames, HugePool):
+    def __init__(self, frames=65536, swap_slots=0, huge_pages=0):
+        Frames.__init__(self, frames, swap_slots)
+        HugePool.__init__(self, huge_pages)
 
 
 class Ops:
@@ -47,7 +57,7 @@ class Ops:
 # --- address spaces -------------------------------------------------------------------------------
 
 
-class MM(VmaList):
+class MM(VmaList, HugeMappings):
     """VMAs, page tables and hook chains: what one process has, or two after vfork."""
 
     def __init__(self, mem, max_map_count=65530, start_brk=START_BRK, rlimits=None, nonlinear=False):
@@ -58,6 +68,7 @@ class MM(VmaList):
         self.start_brk = self.end_brk = start_brk
         self.ptes = {}              # page address -> Pte or SwapEntry
         self.shows = {}             # page address -> page of the file, where remap_file_pages of 2.6.12 put another
+        self.spent = set()          # where a huge page was, and its owner's reservation is used up
         self.chain = []             # ops of the whole address space, newest first
         self.attached = {}          # ops -> since when they are somewhere in this address space
         self.clock = itertools.count()
@@ -155,18 +166,18 @@ class MM(VmaList):
     def pagemap(self, addr, length):
         rows = np.zeros((addr % PAGE + length + PAGE - 1) // PAGE, PAGE_ROW)
         for i, page in enumerate(range(addr // PAGE * PAGE, addr + length, PAGE)):
-            pte = self.ptes.get(page)
+            pte = self.ptes.get(page) or self.ptes.get(page // HUGE * HUGE)
             if isinstance(pte, SwapEntry):
-                rows[i]["swapped"] = True
-            elif pte:
+                rows[i]["swapped"] = page in self.ptes
+            elif pte and (pte.frame.huge or page in self.ptes):
                 rows[i] = (True, False, pte.writable, pte.dirty, pte.young, pte.frame is self.mem.zero,
-                           len(pte.frame.mappings) > 1, pte.frame.pfn)
+                           len(pte.frame.mappings) > 1, pte.frame.pfn + page % len(pte.frame.data) // PAGE)
         return rows
 
     @property
     def stats(self):
         swapped = sum(isinstance(pte, SwapEntry) for pte in self.ptes.values())
-        resident = sum(pte.frame.counted for pte in self._present(0, TASK_SIZE).values())
+        resident = sum(pte.frame.counted and not pte.frame.huge for pte in self._present(0, TASK_SIZE).values())
         return {"faults": self.faults.total(), **{f"faults_{k}": self.faults[k] for k in FAULT_KINDS},
                 "map_count": len(self.list), "total_pages": self.total, "rss_pages": resident,
                 "swap_pages": swapped, "locked_pages": self.locked,
@@ -188,12 +199,19 @@ class MM(VmaList):
             fail(errno.EINVAL)
         if not file and not flags & MAP_ANONYMOUS:
             fail(errno.EBADF)
+        huge = flags & MAP_HUGETLB or file and file.page_size == HUGE and not flags & MAP_ANONYMOUS
+        if huge:
+            length = align_huge(length)
+            if flags & MAP_ANONYMOUS:
+                file, flags = self._huge_file(length, flags), flags & ~MAP_ANONYMOUS
+            elif file.page_size != HUGE:
+                fail(errno.EINVAL)
         if not length:
             fail(errno.EINVAL)
         length = align(length)
         if not length or len(self.list) > self.max_map_count:
             fail(errno.ENOMEM)
-        addr = self._unmapped_area(addr or 0, length, fixed=flags & MAP_FIXED)
+        addr = self._unmapped_area(addr or 0, length, flags & MAP_FIXED, HUGE if huge else PAGE)
         end = addr + length
         if flags & MAP_FIXED_NOREPLACE and self.first(addr, end):
             fail(errno.EEXIST)
@@ -209,12 +227,12 @@ class MM(VmaList):
 
         vm_flags = Flag(prot & ACCESS) | Flag.MAYWRITE
         vm_flags |= Flag.NORESERVE if flags & MAP_NORESERVE else 0
-        vm_flags |= Flag.LOCKED if flags & MAP_LOCKED else 0
+        vm_flags |= Flag.HUGETLB if huge else Flag.LOCKED if flags & MAP_LOCKED else 0
         vm_flags |= Flag.NOHUGEPAGE if flags & MAP_STACK else 0
         vm_flags |= Flag.GROWSDOWN if flags & MAP_GROWSDOWN else 0
         if kind != MAP_PRIVATE:
             vm_flags |= Flag.SHARED | Flag.MAYSHARE
-        elif vm_flags & Flag.WRITE and not vm_flags & Flag.NORESERVE:
+        elif vm_flags & Flag.WRITE and not vm_flags & Flag.NORESERVE and not huge:
             vm_flags |= Flag.ACCOUNT
         if flags & MAP_ANONYMOUS:
             file = None
@@ -262,7 +280,7 @@ class MM(VmaList):
         if not length or end >= WORD or page_offset + length // PAGE >= WORD:
             fail(errno.EINVAL)
         vma = self.find(start)
-        if not vma or not vma.flags & Flag.SHARED or vma.special:
+        if not vma or not vma.flags & Flag.SHARED or vma.device:
             fail(errno.EINVAL)
         if self.nonlinear:
             return self._remap_nonlinear(vma, start, end, page_offset)
@@ -306,8 +324,13 @@ class MM(VmaList):
         doomed = self._isolate(new.start, new.end)
         if not self._may_expand(new.flags, new.pages - sum(vma.pages for vma in doomed)):
             fail(errno.ENOMEM)      # what was split stays split
+        for vma in doomed:
+            if vma.huge:
+                self.mem.hold(vma.file)
         if doomed:
             self._unmap_isolated(doomed, new.start, new.end)
+        if new.huge:
+            self.reserve(new)       # too late for what was mapped here
         if not self._merge_new(new):
             self._insert(new)
 
@@ -326,6 +349,7 @@ class MM(VmaList):
         self._fire_unmap(vmas, start, end)
         self.zap(start, end)
         self.shows = {page: number for page, number in self.shows.items() if not start <= page < end}
+        self.spent = {page for page in self.spent if not start <= page < end}
         for vma in vmas:
             self._remove(vma)
 
@@ -437,7 +461,7 @@ class MM(VmaList):
         if flags & Flag.WRITE:
             if not self._may_expand(flags, pages) and self._may_expand(old, pages):
                 fail(errno.ENOMEM)
-            if not old & (Flag.ACCOUNT | Flag.WRITE | Flag.SHARED | Flag.NORESERVE):
+            if not old & (Flag.ACCOUNT | Flag.WRITE | Flag.SHARED | Flag.NORESERVE | Flag.HUGETLB):
                 flags |= Flag.ACCOUNT
         elif vma.anonymous and not vma.anon_vma:
             flags &= ~Flag.ACCOUNT
@@ -445,7 +469,7 @@ class MM(VmaList):
         self.fire("change_protection", vma, start, end, prot)
         for pte in self._present(start, end).values():
             # Private pages stay read-only unless it is certain that nobody else has them.
-            pte.writable = bool(flags & Flag.WRITE and (flags & Flag.SHARED or pte.exclusive))
+            pte.writable = bool(flags & Flag.WRITE and (flags & Flag.SHARED or pte.exclusive and not vma.huge))
         if old & (Flag.WRITE | Flag.SHARED | Flag.LOCKED) == Flag.LOCKED and flags & Flag.WRITE:
             self._populate(start, end)
         return vma
@@ -477,7 +501,7 @@ class MM(VmaList):
     def _advise(self, vma, start, end, advice):
         """Advice that marks VMAs. The VMA that now covers the range."""
         if (advice == MADV_WIPEONFORK and not vma.anonymous
-                or advice in (MADV_DOFORK, MADV_DODUMP) and vma.special):
+                or advice in (MADV_DOFORK, MADV_DODUMP) and vma.device):
             fail(errno.EINVAL)
         clear, add = ADVICE[advice]
         flags = vma.flags & ~clear | add
@@ -485,8 +509,8 @@ class MM(VmaList):
             return vma
         try:
             return self._modify(vma, start, end, flags)
-        except OSError:
-            fail(errno.EAGAIN)
+        except OSError as error:
+            fail(errno.EAGAIN if error.errno == errno.ENOMEM else error.errno)
 
     def _dontneed(self, vma, start, end):
         if vma.locked:
@@ -494,10 +518,12 @@ class MM(VmaList):
         self._dontneed_locked(vma, start, end)
 
     def _dontneed_locked(self, vma, start, end):
-        if vma.special:
+        if vma.device or start % vma.page_size:
             fail(errno.EINVAL)
-        self.fire("invalidate_range", vma, start, end)
-        self.zap(start, end)
+        end = end // vma.page_size * vma.page_size      # part of a huge page is not forgotten
+        if start < end:
+            self.fire("invalidate_range", vma, start, end)
+            self.zap(start, end)
 
     def _free(self, vma, start, end):
         if vma.locked or not vma.anonymous:
@@ -510,11 +536,10 @@ class MM(VmaList):
                 frame = pte.frame
                 if frame.slot or frame.dirty and len(frame.mappings) > 1:
                     continue            # others may need what only this frame says
-                frame.dirty, frame.lazyfree = False, True
-                pte.young = pte.dirty = False
+                frame.dirty = pte.young = pte.dirty = False
 
     def _remove_pages(self, vma, start, end):
-        if vma.special:
+        if vma.device:
             fail(errno.ENODEV)
         if vma.locked or vma.anonymous:
             fail(errno.EINVAL)
@@ -543,12 +568,14 @@ class MM(VmaList):
     def _populate_advised(self, addr, end, write):
         for page in range(addr, end, PAGE):
             vma = self.find(page) or fail(errno.ENOMEM)
-            if vma.special or not vma.flags & (Flag.WRITE if write else Flag.READ):
+            if vma.device or not vma.flags & (Flag.WRITE if write else Flag.READ):
                 fail(errno.EINVAL)
             try:
                 self._fault(page, write)
             except AccessError:
                 fail(errno.EFAULT)
+            except MemoryError:
+                fail(errno.ENOMEM)
 
     # --- locked memory
 
@@ -572,6 +599,8 @@ class MM(VmaList):
             self._populate(start, start + length, strict=True)
         except AccessError:
             fail(errno.ENOMEM)
+        except MemoryError:
+            fail(errno.EAGAIN)
 
     def munlock(self, addr, length):
         self._mark_locked(addr // PAGE * PAGE, align(length + addr % PAGE), 0)
@@ -631,6 +660,8 @@ class MM(VmaList):
             return self._move_all(old_addr, old, target, flags)
 
         vma = self.find(old_addr) or fail(errno.EFAULT)
+        if vma.huge:
+            old, new = self._check_huge_remap(old_addr, old, new, target if placed else 0)
         self._check_remap(vma, old_addr, old, new, flags)
         if placed:
             return self._move_to(old_addr, old, new, target, flags)
@@ -662,6 +693,13 @@ class MM(VmaList):
         if new > old and not self._may_expand(vma.flags, (new - old) // PAGE):
             fail(errno.ENOMEM)
 
+    @staticmethod
+    def _check_huge_remap(addr, old, new, target):
+        old, new = align_huge(old), align_huge(new)
+        if addr % HUGE or target % HUGE or new > old:
+            fail(errno.EINVAL)
+        return old, new
+
     def _can_extend(self, vma, addr, old, new):
         end = addr + new
         return addr + old == vma.end and end <= TASK_SIZE and not self.first(vma.end, end)
@@ -683,6 +721,8 @@ class MM(VmaList):
             if result is not None:
                 target += vma.start - at
             at, size = vma.end, min(end, vma.end) - start
+            if vma.huge:
+                size, _ = self._check_huge_remap(start, size, size, target)
             self._check_remap(vma, start, size, size, flags)
             target = self._move_to(start, size, size, target, flags)
             result = target if result is None else result
@@ -700,7 +740,7 @@ class MM(VmaList):
         vma = self.find(addr)
         if flags & MREMAP_DONTUNMAP and not self._may_expand(vma.flags, old // PAGE):
             fail(errno.ENOMEM)
-        target = self._unmapped_area(target, new, fixed=flags & MREMAP_FIXED)
+        target = self._unmapped_area(target, new, flags & MREMAP_FIXED, vma.page_size)
         return self._move(vma, addr, old, new, target, flags)
 
     def _move(self, vma, addr, old, new, target, flags):
@@ -725,6 +765,7 @@ class MM(VmaList):
             if isinstance(pte, Pte) and pte.frame.counted:
                 pte.frame.mappings.remove((self, page))
                 pte.frame.mappings.add((self, page - addr + target))
+        self.spent |= {page - addr + target for page in self.spent if addr <= page < addr + old}
         for page in [page for page in self.shows if addr <= page < addr + old]:
             self.shows[page - addr + target] = self.shows[page]
         if flags & MREMAP_DONTUNMAP:
@@ -752,12 +793,15 @@ class MM(VmaList):
         else:
             pte.frame.dirty |= pte.dirty and pte.frame.file is not None
             pte.frame.mappings.discard((self, page))
+            if pte.frame.huge and pte.frame.mappings and not pte.frame.file and self.find(page).owner:
+                self.spent.add(page)        # it was reserved for the owner, but others have it now
             self.mem.release(pte.frame)
 
     def _set(self, page, pte):
         if page in self.ptes:
             self.unset(page)
         self.ptes[page] = pte
+        self.spent.discard(page)
         if pte.frame.counted:
             pte.frame.mappings.add((self, page))
         return pte
@@ -785,9 +829,13 @@ class MM(VmaList):
         vma = self.find(addr) or self._grow_stack(page)
         if vma is None or not vma.flags & (Flag.WRITE if write else ACCESS):
             raise SegmentationFault(addr)
+        if vma.huge:
+            page = page // HUGE * HUGE
         pte = self.ptes.get(page)
         faulted = not isinstance(pte, Pte) or (write and not pte.writable)
-        if pte is None:
+        if vma.huge:
+            pte = self.fault_huge(vma, addr, page, write)
+        elif pte is None:
             pte = self._fault_absent(vma, addr, page, write)
         elif isinstance(pte, SwapEntry):
             pte = self._fault_swapped(vma, page, pte, write)
@@ -838,7 +886,7 @@ class MM(VmaList):
     def _fault_swapped(self, vma, page, entry, write):
         slot, frame = entry.slot, entry.slot.frame
         alone = entry.exclusive or (
-            (write or vma.locked) and slot.users == 1 and (frame is None or not (frame.mappings or frame.pins)))
+            (write or vma.locked) and slot.users == 1 and frame is None)
         if write and not alone:
             return self._copy_swapped(vma, page, slot)
         if frame is None:
@@ -880,10 +928,10 @@ class MM(VmaList):
         """Fault in a range as far as it goes: what fails ends its VMA's part and is not reported, or (strict) all."""
         for vma in self.over(start, end):
             write = vma.flags & (Flag.WRITE | Flag.SHARED) == Flag.WRITE
-            if vma.special:
+            if vma.device:
                 continue
             try:
-                for page in range(max(start, vma.start), min(end, vma.end), PAGE):
+                for page in range(max(start, vma.start), min(end, vma.end), vma.page_size):
                     self._fault(page, write)
             except (AccessError, MemoryError):
                 if strict:
@@ -892,7 +940,7 @@ class MM(VmaList):
     def get_page(self, addr, write):
         """A device asks for the frame of a page."""
         vma = self.find(addr)
-        if not vma or vma.special or not vma.flags & (Flag.WRITE if write else Flag.READ):
+        if not vma or vma.device or not vma.flags & (Flag.WRITE if write else Flag.READ):
             raise SegmentationFault(addr)
         return self._fault(addr, write)[0].frame
 
@@ -908,14 +956,14 @@ class MM(VmaList):
             except AccessError as error:
                 error.completed = at - addr
                 raise
-            yield at, n, pte.frame, faulted
+            yield memoryview(pte.frame.data)[at % len(pte.frame.data):][:n], at, faulted
 
     def read(self, addr, n):
-        return b"".join(bytes(frame.data[at % PAGE:at % PAGE + k]) for at, k, frame, _ in self._access(addr, n, False))
+        return b"".join(bytes(piece) for piece, *_ in self._access(addr, n, False))
 
     def write(self, addr, data):
-        for at, n, frame, _ in self._access(addr, len(data), True):
-            frame.data[at % PAGE:at % PAGE + n] = data[at - addr:at - addr + n]
+        for piece, at, _ in self._access(addr, len(data), True):
+            piece[:] = data[at - addr:at - addr + len(piece)]
 
     def touch(self, addr, length=1, write=False):
         faults = done = 0
@@ -937,7 +985,8 @@ class MM(VmaList):
         for vma in self.list:
             if vma.flags & Flag.DONTCOPY:
                 continue
-            copy = replace(vma, mm=child, chain=(), anon_vma=None, links=[], flags=vma.flags & ~Flag.LOCKED)
+            copy = replace(vma, mm=child, chain=(), anon_vma=None, links=[], owner=False, robbed=False,
+                           flags=vma.flags & ~Flag.LOCKED)
             child._insert(copy)
             if vma.flags & Flag.WIPEONFORK:
                 continue
@@ -959,7 +1008,7 @@ class MM(VmaList):
             if pte.writable:
                 self.fire("wrprotect_page", vma, page)
             pte.writable = pte.exclusive = False
-            child._set(page, replace(pte, young=False))
+            child._set(page, replace(pte, young=pte.young and vma.huge))
 
     def tear_down(self):
         """The last user is gone."""
@@ -1067,7 +1116,8 @@ def check(mem, *spaces, files=()):
                 continue
             assert not pte.writable or vma.flags & Flag.WRITE
             assert not pte.exclusive or (len(pte.frame.mappings) == 1 and not pte.frame.slot)
-            if vma.special:
+            assert pte.frame.huge == vma.huge
+            if vma.device:
                 assert not pte.frame.counted
             elif pte.frame is mem.zero:
                 assert not pte.writable and not pte.dirty
@@ -1075,14 +1125,16 @@ def check(mem, *spaces, files=()):
                 mapped.setdefault(pte.frame.pfn, set()).add((mm, page))
                 assert pte.frame.file or vma.anon_vma, "a private page without an anon_vma"
                 assert not pte.frame.slot or not pte.writable
-    for pfn, frame in mem.used.items():
+    for pfn, frame in [*mem.used.items(), *mem.huge_used.items()]:
         assert frame.mappings == mapped.pop(pfn, set()), "the reverse map lies"
         assert frame.mappings or frame.file or frame.pins, "a frame leaked"
         assert not frame.slot or (frame.slot.frame is frame and frame.slot in mem.slots)
     assert not mapped and not any(mem.zero.data)
     files = {*files, *(vma.file for mm in mms for vma in mm.list if vma.file)}
     cached = {frame.pfn: file for file in files for frame in file.pages.values()}
-    assert cached == {pfn: frame.file for pfn, frame in mem.used.items() if frame.file}, "the page cache leaked"
+    assert cached == {pfn: frame.file for pfn, frame in (mem.used | mem.huge_used).items() if frame.file}, \
+        "the page cache leaked"
+    assert len(mem.huge_used) + len(mem.huge_free) == mem.huge_pages and 0 <= mem.huge_reserved <= len(mem.huge_free)
     swapped.update(slot for file in files for slot in file.slots.values())
     assert swapped == Counter({slot: slot.users for slot in mem.slots}), "a swap slot leaked"
     assert all(frame.number < file.end for file in files for frame in file.pages.values())

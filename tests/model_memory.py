@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-PAGE = 4096
+PAGE, HUGE = 4096, 512 * 4096
 WORD = 1 << 64
-BATCH = 32          # a fault that finds no frame reclaims this many, if it can
+BATCH = 32          # a fault that finds no frame reclaims this many, if it can and the memory is not small
 
 
 class AccessError(Exception):
@@ -47,11 +47,11 @@ def align(n):
     return (n + PAGE - 1) // PAGE * PAGE % WORD
 
 
-def chunks(addr, length):
+def chunks(addr, length, size=PAGE):
     """Cut [addr, addr + length) at page borders: (address, bytes) of each piece."""
     end = addr + length
     while addr < end:
-        n = min(end, addr // PAGE * PAGE + PAGE) - addr
+        n = min(end, addr // size * size + size) - addr
         yield addr, n
         addr += n
 
@@ -69,6 +69,8 @@ def operation(method):
         except Exception:
             if not mem.raised:
                 raise
+        finally:
+            mem.let_go()
         if mem.raised:
             first, *others = mem.raised
             for other in others:
@@ -88,8 +90,11 @@ class Frame:
     slot: object = None                             # anonymous: swapped in, and others still have it swapped
     dirty: bool = False                             # beside what page-table entries say
     counted: bool = True                            # neither the zero page nor a device's
-    lazyfree: bool = False                          # MADV_FREE: may vanish unless it was written since
     data: bytearray = field(default_factory=lambda: bytearray(PAGE))
+
+    @property
+    def huge(self):
+        return len(self.data) > PAGE
 
     @property
     def alone(self):
@@ -107,9 +112,9 @@ class Slot:
 
 
 class PhysicalMemory:
-    def __init__(self, frames=65536, swap_slots=0, huge_pages=0):
+    def __init__(self, frames=65536, swap_slots=0):
         self.mem = self
-        self.frames, self.swap_slots, self.huge_pages = frames, swap_slots, huge_pages
+        self.frames, self.swap_slots = frames, swap_slots
         self.used = {}                      # pfn -> Frame, oldest first
         self.slots = set()
         self.zero = Frame(0, counted=False)     # the zero page, never written
@@ -134,13 +139,21 @@ class PhysicalMemory:
         return frame
 
     def release(self, frame):
-        """Free the frame if nothing uses it any more (its swap slot does without)."""
+        """Free the frame if nothing uses it any more."""
+        if frame.slot and not frame.mappings:       # what is in swap as well needs no frame
+            frame.slot.frame = frame.slot = None
         if frame.mappings or frame.file or frame.pins or not frame.counted:
             return
-        if frame.slot:
-            frame.slot.frame = None
+        if frame.huge:
+            del self.huge_used[frame.pfn]
+            self.huge_free.append(frame.pfn)
+            return
         del self.used[frame.pfn]
         self.free_pfns.append(frame.pfn)
+
+    @staticmethod
+    def new_frame(pfn, data):
+        return Frame(pfn, data=data)
 
     def device_page(self, pfn):
         return self.device.setdefault(pfn, Frame(pfn, counted=False))
@@ -151,7 +164,7 @@ class PhysicalMemory:
             try:
                 return call(*args)
             except OutOfFrames:
-                if not self._reclaim(BATCH):
+                if not self._reclaim(min(max(1, self.frames // 16), BATCH)):
                     raise
 
     # --- swap
@@ -174,21 +187,22 @@ class PhysicalMemory:
     def evictable(self, frame):
         if frame.pins or any(mm.find(addr).locked for mm, addr in frame.mappings):
             return False
-        return bool(len(self.slots) < self.swap_slots or frame.slot or self._vanishes(frame)
+        return bool(len(self.slots) < self.swap_slots or frame.slot or not self._wanted(frame)
                     or (frame.file and not frame.file.shmem))
 
     @staticmethod
-    def _vanishes(frame):
-        return frame.lazyfree and not frame.dirty and not any(mm.ptes[addr].dirty for mm, addr in frame.mappings)
+    def _wanted(frame):
+        """Its contents are nowhere else. (An anonymous page is dirty but for MADV_FREE.)"""
+        return frame.dirty or any(mm.ptes[addr].dirty for mm, addr in frame.mappings)
 
     def evict(self, frame, mappings=None):
         """Take a frame from all who have it: hook by hook, then its contents go where they can be found again."""
         assert self.evictable(frame), "this frame must stay"
         mappings = sorted(frame.mappings, key=lambda m: (m[0].number, m[1])) if mappings is None else mappings
-        file, slot, vanishes = frame.file, frame.slot, self._vanishes(frame)
+        file, slot, wanted = frame.file, frame.slot, self._wanted(frame)
         self.log.append((file, frame.number, mappings))
         self.counts["reclaimed"] += 1
-        if not slot and not vanishes and (not file or file.shmem):
+        if wanted and not slot and (not file or file.shmem):
             slot = self.swap_slot(frame.data)
         self.counts["swapped_out"] += slot is not None
         for mm, addr in mappings:
@@ -201,7 +215,7 @@ class PhysicalMemory:
         if file:
             file.evict(frame, slot)
         else:
-            self.counts["discarded"] += vanishes
+            self.counts["discarded"] += not slot
 
     def _reclaim(self, n):
         """One run of reclaim: how many frames became free."""
@@ -236,27 +250,31 @@ class PhysicalMemory:
         """get_user_pages: fault pages in and take a reference to each, to all of them or none."""
         if mm.mem is not self:
             raise ValueError("of another memory")
-        frames = []
+        frames, pfns = [], []
         try:
             for page, _ in chunks(addr, length):
                 frame = mm.mm.get_page(page, write)
                 frame.pins += 1
                 frames.append(frame)
+                pfns.append(frame.pfn + page % len(frame.data) // PAGE)
         except Exception as error:
             for frame in frames:
                 self._unpin(frame)
             if isinstance(error, AccessError):
                 fail(errno.EFAULT)
             raise
-        return np.array([frame.pfn for frame in frames], "u8")
+        return np.array(pfns, "u8")
 
     @operation
     def unpin(self, pfns):
-        frames = [self.used.get(int(pfn)) if pfn else self.zero for pfn in pfns]
+        frames = [self._frame(int(pfn)) for pfn in pfns]
         if any(frame is None or frame.pins < n for frame, n in Counter(frames).items()):
             raise ValueError("not pinned")
         for frame in frames:
             self._unpin(frame)
+
+    def _frame(self, pfn):
+        return self.zero if pfn == 0 else self.used.get(pfn) or self.huge_used.get(pfn // 512 * 512)
 
     def _unpin(self, frame):
         frame.pins -= 1
@@ -265,13 +283,14 @@ class PhysicalMemory:
     # --- looking
 
     def mappings(self, pfn):
-        return [(mm.face, addr) for mm, addr in self.used[pfn].mappings]
+        return [(mm.face, addr) for mm, addr in self._frame(pfn).mappings]
 
     @property
     def stats(self):
         return {"frames": self.frames, "frames_used": len(self.used), "frames_free": self.frames - len(self.used),
                 "swap_slots": self.swap_slots, "swap_used": len(self.slots),
-                "swap_free": self.swap_slots - len(self.slots),
+                "swap_free": self.swap_slots - len(self.slots), "huge_pages": self.huge_pages,
+                "huge_pages_free": len(self.huge_free), "huge_pages_reserved": self.huge_reserved,
                 **{name: self.counts[name] for name in
                    ("reclaimed", "swapped_out", "swapped_in", "written_back", "discarded")}}
 
@@ -297,8 +316,12 @@ class File:
     A page that was evicted is in the backing store; if the file is one of shared memory (memfd), in swap.
     """
 
-    def __init__(self, mem, size, memfd=False, anonymous=False):
+    def __init__(self, mem, size, memfd=False, huge=False, anonymous=False):
         self.mem, self.size = mem, size
+        self.page_size = HUGE if huge else PAGE
+        self.reserved = set()           # numbers of huge pages that are not there yet
+        if huge:
+            mem.huge_files.append(self)
         self.anonymous = anonymous      # the unnamed file of shared anonymous memory: goes with its last VMA
         self.shmem = memfd or anonymous
         self.pages = {}                 # page number -> Frame
@@ -309,7 +332,7 @@ class File:
     @property
     def end(self):
         """The number of pages."""
-        return align(self.size) // PAGE
+        return -(self.size // -self.page_size)
 
     def page(self, number):
         """The frame of a page; None beyond the end of the file."""
@@ -319,12 +342,16 @@ class File:
         if number not in self.pages:
             slot = self.slots.get(number)
             frame = self.mem.allocate(slot.data if slot else self.stored.get(number))
-            frame.file, frame.number = self, number
-            self.pages[number] = frame
+            self.add(number, frame)
             if slot:
+                frame.dirty = True              # what comes from swap is nowhere else from now on
                 self.mem.swap_free(self.slots.pop(number))
                 self.mem.counts["swapped_in"] += 1
         return self.pages[number]
+
+    def add(self, number, frame):
+        frame.file, frame.number = self, number
+        self.pages[number] = frame
 
     def evict(self, frame, slot):
         """A page that nobody maps leaves the page cache, for swap or the backing store."""
@@ -348,14 +375,17 @@ class File:
             return bytes(self.pages[number].data)
         if number in self.slots:
             return self.slots[number].data
-        return self.stored.get(number, bytes(PAGE))
+        return self.stored.get(number, bytes(self.page_size))
 
     def read(self, offset, n):
         n = max(0, min(n, self.size - offset))
-        return b"".join(self._contents(at // PAGE)[at % PAGE:at % PAGE + k] for at, k in chunks(offset, n))
+        size = self.page_size
+        return b"".join(self._contents(at // size)[at % size:at % size + k] for at, k in chunks(offset, n, size))
 
     @operation
     def write(self, offset, data):
+        if self.page_size == HUGE:
+            fail(errno.EINVAL)
         for at, n in chunks(offset, len(data)):
             frame = self.mem.with_room(self._page, at // PAGE)
             self.size = max(self.size, at + n)
@@ -366,17 +396,19 @@ class File:
         self.vmas.remove(vma)
         if self.anonymous and not self.vmas:
             self._forget(0, self.end)
+            self.reserved.clear()
 
     @operation
     def truncate(self, size):
-        if size < 0:
+        if size < 0 or self.page_size == HUGE and size % HUGE:
             fail(errno.EINVAL)
-        first, end, grows, self.size = align(size) // PAGE, self.end, size > self.size, size
+        first, end, grows, self.size = -(size // -self.page_size), self.end, size > self.size, size
         if first < end:
             self._unmap(first, None, copies=True)
             self._forget(first, end)
         if not grows:       # what a mapping wrote beyond the end stays when the file grows
-            self._zero(size, -size % PAGE)
+            self._zero(size, -size % self.page_size)
+        self.reserved = {number for number in self.reserved if number < first}
 
     @operation
     def punch_hole(self, offset, length):
@@ -388,26 +420,27 @@ class File:
             fail(errno.EINVAL)
         if offset + length >= 1 << 63:
             fail(errno.EFBIG)
-        first, end = align(offset) // PAGE, (offset + length) // PAGE
+        size = self.page_size
+        first, end = -(offset // -size), (offset + length) // size
         if first < end:
-            self._unmap(first, end, copies=False)
+            self._unmap(first, end, copies=size == HUGE)
             self._forget(first, end)
-        for at, n in chunks(offset, min(offset + length, self.end * PAGE) - offset):
-            if n < PAGE:
+        for at, n in chunks(offset, min(offset + length, self.end * size) - offset, size):
+            if n < size:
                 self._zero(at, n)
 
     def _unmap(self, first, end, copies):
         """Invalidate pages [first, end) (None: all above) wherever they are mapped, private copies too if `copies`."""
         for vma in list(self.vmas):
-            start = max(vma.start, vma.start + (first - vma.pgoff) * PAGE)
-            stop = vma.end if end is None else min(vma.end, vma.start + (end - vma.pgoff) * PAGE)
+            first_at, end_at = (None if n is None else vma.start + n * self.page_size - vma.pgoff * PAGE for n in (first, end))
+            start, stop = max(vma.start, first_at), vma.end if end is None else min(vma.end, end_at)
             if start < stop:
                 vma.mm.fire("invalidate_range", vma, start, stop)
                 vma.mm.zap(start, stop, copies)
 
     def _zero(self, offset, n):
         """Zero a part of one page, wherever it is."""
-        number, at = divmod(offset, PAGE)
+        number, at = divmod(offset, self.page_size)
         zeros = slice(at, at + n)
         if number in self.pages:
             self.pages[number].data[zeros] = bytes(n)

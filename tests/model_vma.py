@@ -4,7 +4,7 @@ from collections import namedtuple
 from dataclasses import dataclass, field, replace
 from enum import IntFlag, auto
 
-from model_memory import PAGE, WORD, File, fail
+from model_memory import HUGE, PAGE, WORD, File, fail
 
 TASK_SIZE = 0x7FFFFFFFF000
 MMAP_BASE = 0x7FFFF7FFF000
@@ -16,7 +16,7 @@ PROT_NONE, PROT_READ, PROT_WRITE, PROT_EXEC, PROT_SEM = 0, 1, 2, 4, 8
 PROT_GROWSDOWN, PROT_GROWSUP = 0x01000000, 0x02000000
 MAP_SHARED, MAP_PRIVATE, MAP_SHARED_VALIDATE, MAP_TYPE = 1, 2, 3, 0xF
 MAP_FIXED, MAP_ANONYMOUS, MAP_GROWSDOWN, MAP_LOCKED, MAP_NORESERVE = 0x10, 0x20, 0x100, 0x2000, 0x4000
-MAP_POPULATE, MAP_NONBLOCK, MAP_STACK, MAP_FIXED_NOREPLACE = 0x8000, 0x10000, 0x20000, 0x100000
+MAP_POPULATE, MAP_NONBLOCK, MAP_STACK, MAP_HUGETLB, MAP_FIXED_NOREPLACE = 0x8000, 0x10000, 0x20000, 0x40000, 0x100000
 MREMAP_MAYMOVE, MREMAP_FIXED, MREMAP_DONTUNMAP = 1, 2, 4
 MADV_NORMAL, MADV_RANDOM, MADV_SEQUENTIAL, MADV_WILLNEED, MADV_DONTNEED = 0, 1, 2, 3, 4
 MADV_FREE, MADV_REMOVE, MADV_DONTFORK, MADV_DOFORK = 8, 9, 10, 11
@@ -49,6 +49,7 @@ class Flag(IntFlag):
     WIPEONFORK = auto()     # fork's child finds it empty
     GROWSDOWN = auto()      # a stack
     PFNMAP = auto()         # device memory
+    HUGETLB = auto()
     NONLINEAR = auto()      # shows its file's pages in any order (2.6.12)
 
 
@@ -104,15 +105,30 @@ class Vma:
     chain: tuple = ()               # ops attached to it, newest first
     anon_vma: AnonVma = None
     links: list = field(default_factory=list)       # its anon_vma and those above, newest first
+    owner: bool = False             # private huge pages: they are reserved for it,
+    robbed: bool = False            # or the owner took one back: no page will be had here
 
     @property
     def anonymous(self):
-        return self.file is None and not self.special
+        return self.file is None and not self.device
+
+    @property
+    def device(self):
+        """Device memory: nothing to free or to copy."""
+        return bool(self.flags & Flag.PFNMAP)
+
+    @property
+    def huge(self):
+        return bool(self.flags & Flag.HUGETLB)
 
     @property
     def special(self):
-        """Device memory: nothing to free, to copy, or to merge."""
-        return bool(self.flags & Flag.PFNMAP)
+        """Nothing to merge, to lock or to reclaim."""
+        return self.device or self.huge
+
+    @property
+    def page_size(self):
+        return HUGE if self.huge else PAGE
 
     @property
     def locked(self):
@@ -138,7 +154,8 @@ class Vma:
     def snapshot(self):
         kind = MAP_SHARED if self.flags & Flag.MAYSHARE else MAP_PRIVATE
         named = self.file is not None and not self.file.anonymous
-        return VMA(self.start, self.end, int(self.flags & ACCESS), kind | (0 if named or self.special else MAP_ANONYMOUS),
+        kind |= (0 if named or self.device else MAP_ANONYMOUS) | (MAP_HUGETLB if self.huge else 0)
+        return VMA(self.start, self.end, int(self.flags & ACCESS), kind,
                    self.file if named else None, 0 if self.anonymous else self.pgoff * PAGE,
                    bool(self.flags & Flag.MAYSHARE))
 
@@ -218,6 +235,8 @@ class VmaList:
 
     def _split(self, vma, at):
         """Cut `vma` in two at an address inside it; both halves keep the chain."""
+        if at % vma.page_size:
+            fail(errno.EINVAL)
         upper = replace(vma, start=at, pgoff=vma.pgoff_at(at), links=[])
         upper.clone_links(vma)
         vma.end = at
@@ -344,10 +363,12 @@ class VmaList:
     def _may_lock(self, pages):
         return (self.locked + pages) * PAGE <= self.rlimits.get("MEMLOCK", WORD)
 
-    def _unmapped_area(self, addr, length, fixed=False):
+    def _unmapped_area(self, addr, length, fixed=False, page_size=PAGE):
         """Where a new mapping goes: at a free hint, else as high as it fits below MMAP_BASE."""
         if length > TASK_SIZE:
             fail(errno.ENOMEM)
+        if fixed and page_size > PAGE and addr % page_size:
+            fail(errno.EINVAL)
         if fixed:
             if addr > TASK_SIZE - length:
                 fail(errno.ENOMEM)
@@ -357,17 +378,18 @@ class VmaList:
                 fail(errno.EPERM)
             return addr
         if addr:
-            addr = max(addr // PAGE * PAGE, MMAP_MIN_ADDR)
+            addr = -(max(addr // PAGE * PAGE, MMAP_MIN_ADDR) // -page_size) * page_size
             prev, next = self._neighbours(addr, addr)
             free = not self.find(addr) and (not next or addr + length <= next.start_gap)
             if addr <= TASK_SIZE - length and free:
                 return addr
+        pad = page_size - PAGE          # room to align
         top, next = MMAP_BASE, self._neighbours(MMAP_BASE, MMAP_BASE)[1]
         for prev in [*reversed([vma for vma in self.list if vma.start < MMAP_BASE]), None]:
             bottom = prev.end if prev else MMAP_MIN_ADDR
-            if top - bottom >= length and next:
+            if top - bottom >= length + pad and next:
                 top = min(top, next.start_gap)      # the gap would do, but for the stack above it
-            if top - bottom >= length:
-                return top - length
+            if top - bottom >= length + pad:
+                return (top - length) // page_size * page_size
             top, next = min(top, prev.start) if prev else 0, prev
         fail(errno.ENOMEM)

@@ -1,4 +1,5 @@
 """The examples, as a user builds and runs them."""
+import importlib.util
 import os
 import re
 import shutil
@@ -9,6 +10,12 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+
+POINTERS = """\
+after writing four pages: 4 loads, 0 invalidations
+after fork and one write: 5 loads, 1 invalidations
+after munmap: 5 loads, 2 invalidations, entry 0
+"""
 
 EXPECTED = {
     "c": """\
@@ -27,6 +34,9 @@ after munmap: None
 not told         : 499 hits, 1 registrations, 0 dropped, 495 transfers with wrong frames
 told by the hooks: 400 hits, 100 registrations, 100 dropped, 0 transfers with wrong frames
 """,
+    "cffi": POINTERS,
+    "ctypes": POINTERS,
+    "numba": POINTERS,
 }
 
 
@@ -48,6 +58,24 @@ def test_compiled(name, tmp_path):
 
 def test_python():
     assert run(EXAMPLES / "python", "registration_cache.py").stdout == EXPECTED["python"]
+
+
+@pytest.mark.parametrize("name", ["cffi", "ctypes", "numba"])
+def test_pointers(name):
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"{name} is not installed")
+    assert run(EXAMPLES / name, "demo.py").stdout == EXPECTED[name]
+
+
+def test_cost():
+    """What it measures is not tested, but that it measures each way."""
+    heading, line, *rows = run(EXAMPLES, "cost.py", "3").stdout.splitlines()
+    assert heading.startswith("| callback | ns a call | times C |") and rows[0].startswith("| C, in a capsule |")
+    ways = [("Cython", True), ("ctypes |", True), ("CFUNCTYPE", True), ("Python callable", True),
+            ("numba", importlib.util.find_spec("numba")), *[(way, importlib.util.find_spec("cffi"))
+                                                            for way in ("ABI", "API", "ffi.callback")]]
+    for way, installed in ways:
+        assert bool(installed) == any(way in row for row in rows)
 
 
 def test_there_is_a_test_for_each():

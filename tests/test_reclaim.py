@@ -170,14 +170,14 @@ def test_busy_address_spaces(world):
     other = world.new()
     world.others.append(other)
     world.map(0, 2), world.mm.touch(BASE, 2 * PAGE, True)
-    world.fork(), world.write(1, world.child)           # page 0 shared, page 1 one for each
+    world.fork(), world.write(1, world.child)           # page 0 is shared, page 1 is not
     world.map(0, 1, mm=other), world.write(0, other)
     with Busy(world, world.child):
         assert world.mem.reclaim(ALL) == 2              # the parent's page 1, the other's page 0
-        assert swapped(world, 2) == [1] and world.page(0, other)["swapped"]
-        assert world.page(0)["present"]
+        assert swapped(world, 2) == [1] and world.page(0)["present"] and world.page(0, other)["swapped"]
     assert swapped(world, 2, world.child) == []
-    assert world.mem.reclaim(ALL) == 2
+    world.mem.reclaim(ALL)
+    assert swapped(world, 2) == [0, 1] == swapped(world, 2, world.child)
 
 
 def test_one_s_own_address_space_is_not_busy(world):
@@ -192,11 +192,12 @@ def test_one_s_own_address_space_is_not_busy(world):
 
 
 def test_a_fault_without_a_frame(both):
-    """A batch is reclaimed, so that the next faults find frames."""
-    both = both.again(frames=64, swap_slots=64)
-    both.map(0, 65), both.mm.touch(BASE, 64 * PAGE, True)
-    both.write(64)
-    assert both.mem.stats["reclaimed"] == 32 and both.mem.stats["frames_free"] == 31
+    """A batch is reclaimed, so that the next faults find frames: 32, or a sixteenth of a small memory."""
+    for frames, batch in (64, 4), (1024, 32), (8, 1):
+        both = both.again(frames=frames, swap_slots=frames)
+        both.map(0, frames + 1), both.mm.touch(BASE, frames * PAGE, True)
+        both.write(frames)
+        assert both.mem.stats["reclaimed"] == batch and both.mem.stats["frames_free"] == batch - 1
 
 
 def test_more_memory_than_frames(both):

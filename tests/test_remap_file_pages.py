@@ -177,3 +177,25 @@ def test_linear_again_is_an_ordinary_page(nonlinear, file):
     nonlinear.remap_file_pages(BASE, PAGE, 0)
     nonlinear.madvise(BASE, PAGE, mmap.MADV_DONTNEED)
     assert shown(nonlinear, BASE, 1) == b"0"
+
+
+def test_truncation_finds_non_linear_pages(mem, nonlinear, file):
+    map_file(nonlinear, file)
+    nonlinear.remap_file_pages(BASE, 4 * PAGE, 4)
+    nonlinear.remap_file_pages(BASE + 4 * PAGE, 4 * PAGE, 0)
+    log = []
+    nonlinear.register_ops(device(log, "d"))
+    with nonlinear.fork() as child:
+        child.remap_file_pages(BASE + PAGE, PAGE, 0)
+        file.truncate(5 * PAGE)                                 # shows 4567 0123, the child 4067 0123
+        assert log == [("d", "invalidate_range", BASE, BASE + PAGES * PAGE)]
+        assert list(nonlinear.pagemap(BASE, PAGES * PAGE)["present"]) == [1, 0, 0, 0, 1, 1, 1, 1]
+        assert list(child.pagemap(BASE, PAGES * PAGE)["present"]) == [1, 1, 0, 0, 1, 1, 1, 1]
+        _core.check_memory(mem, [nonlinear, child])
+        with pytest.raises(ioproc.BusError):
+            nonlinear.read(BASE + PAGE, 1)
+        file.write(6 * PAGE, b"new")
+        assert child.read(BASE + 2 * PAGE, 3) == b"new" and nonlinear.read(BASE + PAGE, 1) == b"\0"
+    file.punch_hole(PAGE, PAGE)
+    assert shown(nonlinear, BASE + 4 * PAGE, 4) == b"0\x0023"
+    refused(errno.EINVAL, nonlinear.madvise, BASE, PAGE, mmap.MADV_REMOVE)

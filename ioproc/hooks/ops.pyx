@@ -1,11 +1,11 @@
-# Ops: the face of an ops structure, with Python callables, native functions in capsules, or both.
-from cpython.pycapsule cimport PyCapsule_GetContext, PyCapsule_GetPointer, PyCapsule_IsValid
+# Ops: the face of an ops structure, with Python callables, native functions (lowlevel.pyx knows them), or both.
+from cpython.pycapsule cimport PyCapsule_CheckExact, PyCapsule_GetContext, PyCapsule_GetPointer, PyCapsule_IsValid
 from cpython.ref cimport Py_DECREF, Py_INCREF
 
 HOOK_NAMES = ("release", "sync_range", "invalidate_range", "update_range", "change_protection",
               "sync_page", "invalidate_page", "update_page", "wrprotect_page")
 
-# The name of a capsule with one native callback is its C type; its context is the callback's first argument.
+# A native callback's C type, which the name of its capsule is as well; the capsule's context is the first argument.
 cdef bytes RELEASE_SIGNATURE = b"void (void *, ioproc_mm *)"
 cdef bytes RANGE_SIGNATURE = b"void (void *, const ioproc_vma *, uint64_t, uint64_t)"
 cdef bytes PROTECTION_SIGNATURE = b"void (void *, const ioproc_vma *, uint64_t, uint64_t, uint32_t)"
@@ -56,7 +56,17 @@ cdef void call_python(Routed *routed, int kind, const ioproc_vma *vma, tuple arg
         else:
             (<tuple> (<Ops> routed.face).callbacks)[kind](vma_face(<const VMArea *> vma), *arguments)
     except BaseException as exception:
+        if vma != NULL and <void *> vma.mm != thread_inside():
+            name_space(exception, <MM *> vma.mm)
         callback_raised(exception)
+
+
+cdef void name_space(object exception, MM *mm) noexcept:
+    """The caller of the operation, or of reclaim, is in another address space."""
+    try:
+        exception.add_note(f"in a callback of {mm_face(mm)!r}, from which a frame was taken")
+    except BaseException:
+        pass
 
 
 cdef void route_release(void *arg, ioproc_mm *mm) noexcept nogil:
@@ -122,14 +132,19 @@ cdef class Ops:
 
     Parameters
     ----------
-    native : capsule, optional
-        A ``PyCapsule`` named ``"ioproc.ops.v1"`` that holds a filled ``ioproc_ops`` (see ``ioproc.h``).  The structure is
-        copied; the capsule, and so whatever owns its ``arg``, is kept alive.  Excludes the callbacks below.
+    native : capsule, ctypes structure or cffi pointer, optional
+        A filled ``ioproc_ops`` (see ``ioproc.h``): in a ``PyCapsule`` named ``"ioproc.ops.v1"``, of ctypes
+        (`ioproc.lowlevel.ioproc_ops` or a pointer to one) or of cffi (an ``ioproc_ops *``).  The structure is copied; the object,
+        and so whatever it owns, is kept alive.  Excludes the callbacks below.
     name : str, optional
         For people: shown by ``repr``.
-    release, sync_range, invalidate_range, ... : callable or capsule, optional
-        Each a Python callable, or a capsule whose pointer is a native function, whose name is the function's C type
-        (``Ops.signature("update_page")``) and whose context is its first argument.  Any may be missing.  Python callables get:
+    arg : int, pointer of ctypes or cffi, or object with writable memory, optional
+        The first argument of callbacks that are function pointers, or capsules without a context: that address, what the
+        pointer points to, or the memory (a NumPy array, a ctypes structure, a bytearray).  Kept alive.
+    release, sync_range, invalidate_range, ... : callable, function pointer or capsule, optional
+        Each a Python callable; or a native function of type ``Ops.signature("update_page")``: a function pointer of ctypes or
+        cffi, a numba ``cfunc``, or a capsule with the type as its name and the first argument as its context (Cython has one for
+        each ``cdef api`` function in ``module.__pyx_capi__``).  Any may be missing.  Python callables get:
 
         =========================================  ==========================
         ``release``                                ``(mm)``
@@ -147,76 +162,94 @@ cdef class Ops:
     Raises
     ------
     TypeError
-        A callback that is neither callable nor a capsule of its C type.
+        A callback that is neither callable nor a native function, or is one of another type, or of a type that nothing says.
     ValueError
-        A ``native`` structure of another ABI version or size.
+        A ``native`` structure of another ABI version or size; a function pointer that is NULL or where no code is (any more).
 
     Notes
     -----
     Native callbacks run without the GIL: about the cost of an indirect call each.  A Python one takes the GIL and builds
-    a `VMA`: some hundred times that.
+    a `VMA`: some hundred times that.  Python code behind a pointer (``CFUNCTYPE``, ``ffi.callback``) works, takes the GIL as
+    well, and loses its exceptions: give the callable itself.
     """
     cdef ioproc_ops ops
     cdef Routed routed
     cdef readonly str name
     cdef readonly tuple callbacks
-    cdef object owners          # what the native functions live in
+    cdef object owners          # what the native functions and their arguments live in
     cdef object __weakref__
 
     def __cinit__(self):
         self.ops.version = IOPROC_ABI_VERSION
         self.ops.size = sizeof(ioproc_ops)
 
-    def __init__(self, native=None, *, str name=None, release=None, sync_range=None, invalidate_range=None, update_range=None,
-                 change_protection=None, sync_page=None, invalidate_page=None, update_page=None, wrprotect_page=None):
+    def __init__(self, native=None, *, str name=None, arg=None, release=None, sync_range=None, invalidate_range=None,
+                 update_range=None, change_protection=None, sync_page=None, invalidate_page=None, update_page=None,
+                 wrprotect_page=None):
         given = (release, sync_range, invalidate_range, update_range, change_protection,
                  sync_page, invalidate_page, update_page, wrprotect_page)
         if self.callbacks is not None:
             raise RuntimeError("Ops.__init__ called twice")
         self.name = name
-        if native is not None:
-            if any(callback is not None for callback in given):
-                raise TypeError("Ops: give native or single callbacks, not both")
-            self.take_structure(native)
+        if native is None:
+            self.take_callbacks(given, arg)
+        elif arg is not None or any(callback is not None for callback in given):
+            raise TypeError("Ops: give native or single callbacks and arg, not both")
         else:
-            self.take_callbacks(given)
+            self.take_structure(native)
 
-    cdef int take_structure(self, object capsule) except -1:
+    cdef int take_structure(self, object native) except -1:
         cdef const ioproc_ops *ops
-        if not PyCapsule_IsValid(capsule, IOPROC_OPS_CAPSULE):
-            raise TypeError(f"native = {capsule!r} is no capsule named {IOPROC_OPS_CAPSULE.decode()!r}")
-        ops = <const ioproc_ops *> PyCapsule_GetPointer(capsule, IOPROC_OPS_CAPSULE)
+        cdef int kind
+        cdef void **functions
+        if PyCapsule_IsValid(native, IOPROC_OPS_CAPSULE):
+            ops = <const ioproc_ops *> PyCapsule_GetPointer(native, IOPROC_OPS_CAPSULE)
+        else:
+            ops = <const ioproc_ops *> <size_t> foreign_structure(native)
         if ops.version != IOPROC_ABI_VERSION or ops.size != sizeof(ioproc_ops):
             raise ValueError(f"native: ioproc_ops of version {ops.version} and {ops.size} bytes; this ioproc has version "
                              f"{IOPROC_ABI_VERSION} and {sizeof(ioproc_ops)} bytes")
+        functions = <void **> &ops.release
+        check_code({f"native.{HOOK_NAMES[kind]}": <size_t> functions[kind] for kind in range(<int> HOOKS)})
         self.ops = ops[0]
-        self.owners = capsule
+        self.owners = native
         self.callbacks = (None,) * 9
         return 0
 
-    cdef int take_callbacks(self, tuple given) except -1:
+    cdef int take_callbacks(self, tuple given, object arg) except -1:
         cdef int kind
         cdef bint python = False
+        cdef bint takes_arg = False
         cdef void *context = NULL
         cdef bint several = False       # native callbacks with different arguments
         cdef bint first = True
+        cdef size_t argument
+        argument, memory = address_of(arg)
         memset(&self.routed, 0, sizeof(Routed))
         for kind in range(<int> HOOKS):
             callback = given[kind]
             if callback is None:
                 continue
-            if PyCapsule_IsValid(callback, <const char *> SIGNATURES[kind]):
-                self.routed.native[kind] = PyCapsule_GetPointer(callback, <const char *> SIGNATURES[kind])
-                self.routed.arg[kind] = PyCapsule_GetContext(callback)
-                several = several or (not first and context != self.routed.arg[kind])
-                context = self.routed.arg[kind]
-                first = False
-            elif callable(callback):
+            address = native_function(callback, kind)
+            if address is None:
+                if not callable(callback):
+                    raise TypeError(f"{HOOK_NAMES[kind]} = {callback!r} is neither callable nor a native function of type "
+                                    f"{SIGNATURES[kind].decode()!r}")
                 python = True
-            else:
-                raise TypeError(f"{HOOK_NAMES[kind]} = {callback!r} is neither callable nor a capsule named "
-                                f"{SIGNATURES[kind].decode()!r}")
-        self.owners = given
+                continue
+            self.routed.native[kind] = <void *> <size_t> address
+            if PyCapsule_CheckExact(callback):
+                self.routed.arg[kind] = PyCapsule_GetContext(callback)
+            if self.routed.arg[kind] == NULL:
+                self.routed.arg[kind] = <void *> argument
+                takes_arg = True
+            several = several or (not first and context != self.routed.arg[kind])
+            context = self.routed.arg[kind]
+            first = False
+        if arg is not None and not takes_arg:
+            raise TypeError("arg is for callbacks that are function pointers, or capsules without a context: there is none")
+        check_code({HOOK_NAMES[kind]: <size_t> self.routed.native[kind] for kind in range(<int> HOOKS)})
+        self.owners = (given, memory)
         self.callbacks = given
         if python or several:
             self.routed.face = <void *> self
@@ -224,15 +257,7 @@ cdef class Ops:
             self.route(given)
         else:
             self.ops.arg = context
-            self.ops.release = <release_callback> self.routed.native[0]
-            self.ops.sync_range = <range_callback> self.routed.native[1]
-            self.ops.invalidate_range = <range_callback> self.routed.native[2]
-            self.ops.update_range = <range_callback> self.routed.native[3]
-            self.ops.change_protection = <protection_callback> self.routed.native[4]
-            self.ops.sync_page = <page_callback> self.routed.native[5]
-            self.ops.invalidate_page = <page_callback> self.routed.native[6]
-            self.ops.update_page = <page_callback> self.routed.native[7]
-            self.ops.wrprotect_page = <page_callback> self.routed.native[8]
+            memcpy(&self.ops.release, self.routed.native, sizeof(self.routed.native))
         return 0
 
     cdef void route(self, tuple given):

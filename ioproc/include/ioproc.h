@@ -35,6 +35,7 @@ typedef struct ioproc_vma {
 #define IOPROC_VM_WRITE 0x2u
 #define IOPROC_VM_EXEC 0x4u
 #define IOPROC_VM_SHARED 0x8u
+#define IOPROC_VM_HUGETLB 0x1000000u /* 2 MiB pages: a page callback is about the whole one at addr */
 
 /* A page-table entry; 0 is none.  The page frame number is pte >> 12. */
 #define IOPROC_PTE_PRESENT 0x1u

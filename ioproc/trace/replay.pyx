@@ -77,6 +77,7 @@ cdef struct Process:
 
 cdef enum:
     SIGNALS_EVERY = 1 << 20     # events
+    MLOCK_ONFAULT = 1           # flags of mlock2
     BUCKETS = 1024
     NOTED = 64
 
@@ -326,18 +327,23 @@ cdef void forgotten_holes(Replay *replay, Space *space, u64 at) noexcept nogil:
 cdef int replay_fault(Replay *replay, Space *space, const Event *event, bint *out_of_memory) noexcept nogil:
     cdef MM *mm = space.mm
     cdef u64 addr = event.addr & PAGE_MASK
-    cdef VMArea *vma = vma_at(mm, addr)
+    cdef VMArea *vma = vma_find(mm, addr)
     cdef Table *leaf
     cdef bint write = event.access == 2
     cdef u64 *pte
     cdef int why
-    if vma == NULL:
+    if vma == NULL or (addr < vma.start and not vma_grow(vma, addr)):
         return UNMAPPED
     if event.access == 0:
         replay.guessed += 1
         write = vma.flags & VM_WRITE != 0
     if not vma_allows(vma, write):
         return DENIED
+    if vma.flags & VM_HUGETLB:
+        pte = huge_entry(mm.huge, addr)
+        if pte != NULL and pte_allows(pte[0], write):
+            return PRESENT
+        return BEYOND if huge_access(mm, addr, write, &pte) else AGREES
     leaf = leaf_find(mm.root, addr)
     if leaf != NULL:
         pte = &leaf.entry[table_index(addr, 0)]
@@ -361,6 +367,8 @@ cdef int replay_map(Replay *replay, Space *space, const Event *event) noexcept n
         file = replay.files[event.file]
     elif not flags & MAP_ANONYMOUS:
         flags |= MAP_ANONYMOUS
+    if space.mm.mem.nhuge == 0:
+        flags &= ~<u64> MAP_HUGETLB         # small pages will do
     result = mm_mmap(space.mm, addr, event.length, event.prot, flags, file, event.arg)
     if result < 0 or <u64> result != addr:
         return RESULT
@@ -480,6 +488,13 @@ cdef int replay_in_memory(Replay *replay, Space *space, const Event *event, bint
                 replay, space, event.addr & PAGE_MASK, event.length + (event.addr & (PAGE_SIZE - 1))):
             out_of_memory[0] = True
         return AGREES
+    if op == OP_MLOCK:
+        if event.flags & MLOCK_ONFAULT:
+            return errno_difference(event, mark_locked(mm, event.addr & PAGE_MASK, page_align(
+                event.length + (event.addr & (PAGE_SIZE - 1))), VM_LOCKED))
+        return errno_difference(event, mm_mlock(mm, event.addr, event.length))
+    if op == OP_MUNLOCK:
+        return errno_difference(event, mm_munlock(mm, event.addr, event.length))
     return UNMODELLED
 
 

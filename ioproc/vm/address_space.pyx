@@ -48,7 +48,7 @@ cdef class VMA:
     prot : int
         ``mmap.PROT_READ`` and so on.
     flags : int
-        ``mmap.MAP_PRIVATE`` or ``MAP_SHARED``, with ``MAP_ANONYMOUS`` where it applies.
+        ``mmap.MAP_PRIVATE`` or ``MAP_SHARED``, with ``MAP_ANONYMOUS`` and ``ioproc.MAP_HUGETLB`` where they apply.
     file : File or None
         None for anonymous memory, private or shared, and for device memory, which is shared and not anonymous.
     offset : int
@@ -92,6 +92,8 @@ cdef VMA vma_face(const VMArea *vma):
     face.offset = 0
     if vma.file != NULL:
         face.offset = vma.pgoff << PAGE_SHIFT
+    if vma.flags & VM_HUGETLB:
+        face.flags |= MAP_HUGETLB
     if vma.file == NULL or vma.file.anonymous:
         face.flags |= MAP_ANONYMOUS
     elif not vma.flags & VM_PFNMAP:
@@ -145,31 +147,42 @@ cdef packed struct PageRow:
     u64 pfn
 
 
+cdef void pagemap_row(Memory *mem, u64 pte, PageRow *row) noexcept nogil:
+    row.present = pte & PTE_PRESENT != 0
+    row.swapped = pte & PTE_SWAP != 0
+    row.writable = pte & PTE_WRITE != 0
+    row.dirty = pte & PTE_DIRTY != 0
+    row.young = pte & PTE_YOUNG != 0
+    row.zero = pte & PTE_ZERO != 0
+    if pte & (PTE_PRESENT | PTE_ZERO) == PTE_PRESENT:
+        row.pfn = pte_pfn(pte)
+    if not pte & PTE_UNCOUNTED:
+        row.shared = mapcount_of(atomic_load(&frame_any(mem, row.pfn).counts)) > 1
+
+
 cdef void pagemap_fill(MM *mm, u64 start, u64 pages, PageRow *rows) noexcept nogil:
     cdef u64 addr = start
     cdef u64 end = start + (pages << PAGE_SHIFT)
+    cdef u64 at = (start & HUGE_MASK) >> 9
     cdef u64 pte, stop
     cdef Table *leaf
-    cdef PageRow *row
     while True:
         leaf = leaf_next(mm.root, &addr, end, &stop)
         if leaf == NULL:
-            return
+            break
         while addr < stop:
             pte = leaf.entry[table_index(addr, 0)]
             if pte:
-                row = &rows[(addr - start) >> PAGE_SHIFT]
-                row.present = pte & PTE_PRESENT != 0
-                row.writable = pte & PTE_WRITE != 0
-                row.dirty = pte & PTE_DIRTY != 0
-                row.young = pte & PTE_YOUNG != 0
-                row.zero = pte & PTE_ZERO != 0
-                row.swapped = pte & PTE_SWAP != 0
-                if row.present and not row.zero:
-                    row.pfn = pte_pfn(pte)
-                if not pte & PTE_UNCOUNTED:
-                    row.shared = mapcount_of(atomic_load(&frame_at(mm.mem, row.pfn).counts)) > 1
+                pagemap_row(mm.mem, pte, &rows[(addr - start) >> PAGE_SHIFT])
             addr += PAGE_SIZE
+    while mm.huge != NULL and leaf_next(mm.huge, &at, huge_align(end) >> 9, &stop) != NULL:
+        addr = at << 9
+        while addr < stop << 9:
+            pte = huge_lookup(mm, addr)
+            if pte and start <= addr < end:
+                pagemap_row(mm.mem, pte, &rows[(addr - start) >> PAGE_SHIFT])
+            addr += PAGE_SIZE if pte else HUGE_SIZE
+        at = stop
 
 
 cdef int access_error(int why, u64 address, u64 completed) except -1:
@@ -210,7 +223,7 @@ cdef class AddressSpace:
     start_brk : int
         Where the heap begins.
     rlimits : dict, optional
-        Bytes, by name: ``"AS"``, ``"DATA"``; missing: unlimited.
+        Bytes, by name: ``"AS"``, ``"DATA"``, ``"MEMLOCK"``, ``"STACK"`` (of each stack); missing: unlimited.
     nonlinear : bool
         `remap_file_pages` as in Linux 2.6.12.
     """
@@ -218,6 +231,8 @@ cdef class AddressSpace:
     cdef readonly PhysicalMemory mem
     cdef dict owners            # the Ops attached here by address, kept alive; visible to the garbage collector
     cdef int looking            # looks of the thread that already had the lock
+    cdef MM *home               # an empty one, to go to from one shared with the child or parent of a vfork
+    cdef void *next_user        # of `mm`, borrowed
     cdef object __weakref__
 
     def __cinit__(self, PhysicalMemory mem not None, *, max_map_count=65530, start_brk=0x555555756000, rlimits=None,
@@ -227,8 +242,10 @@ cdef class AddressSpace:
         cdef dict limits = dict(rlimits or {})
         cdef u64 limit_as = as_u64(limits.pop("AS", UINT64_MAX), "rlimits['AS']")
         cdef u64 limit_data = as_u64(limits.pop("DATA", UINT64_MAX), "rlimits['DATA']")
+        cdef u64 limit_memlock = as_u64(limits.pop("MEMLOCK", UINT64_MAX), "rlimits['MEMLOCK']")
+        cdef u64 limit_stack = as_u64(limits.pop("STACK", UINT64_MAX), "rlimits['STACK']")
         if limits:
-            raise ValueError(f"rlimits: {', '.join(map(repr, limits))}: not one of 'AS', 'DATA'")
+            raise ValueError(f"rlimits: {', '.join(map(repr, limits))}: not one of 'AS', 'DATA', 'MEMLOCK', 'STACK'")
         if brk & (PAGE_SIZE - 1) or brk > TASK_SIZE:
             raise ValueError(f"start_brk = {start_brk:#x}: not a page of the address space")
         self.adopt(mem, mm_new(mem.mem))
@@ -237,6 +254,8 @@ cdef class AddressSpace:
         self.mm.brk = brk
         self.mm.limit_as = limit_as
         self.mm.limit_data = limit_data
+        self.mm.limit_memlock = limit_memlock
+        self.mm.limit_stack = limit_stack
         self.mm.nonlinear = nonlinear
 
     cdef int adopt(self, PhysicalMemory mem, MM *mm) except -1:
@@ -246,6 +265,7 @@ cdef class AddressSpace:
         self.mm = mm
         self.owners = {}
         mm.face = <void *> self
+        mm.users = 1
         faces[<size_t> mm] = ref(self)
         return 0
 
@@ -256,7 +276,55 @@ cdef class AddressSpace:
         mm_discard(self.mm)
         self.mm = mm
         mm.face = <void *> self
+        mm.users = 1
         return 0
+
+    # ---- users of one MM: after vfork there are two, linked from the oldest on
+
+    cdef int enter_with_home(self) except -1:
+        """`enter`, with an MM to go to, should this one be left to others."""
+        while True:
+            if self.home == NULL:
+                self.home = mm_new(self.mem.mem)
+                if self.home == NULL:
+                    raise MemoryError("AddressSpace")
+                faces[<size_t> self.home] = ref(self)
+            self.enter()
+            if self.home != NULL:
+                return 0
+            self.leave()                # another thread's exec took it
+
+    cdef void join(self, AddressSpace parent):
+        """Of a new object, whose empty MM becomes its home.  The parent's lock is held."""
+        cdef AddressSpace last = parent
+        while last.next_user != NULL:
+            last = <AddressSpace> last.next_user
+        last.next_user = <void *> self
+        self.home = self.mm
+        self.home.face = NULL
+        self.mm = parent.mm
+        self.mm.users += 1
+        mm_hold(self.mm)
+        self.owners = parent.owners
+
+    cdef void go_home(self):
+        """Let the others have the MM, which stays locked and is for the caller to put."""
+        cdef MM *mm = self.mm
+        cdef AddressSpace before
+        if mm.face == <void *> self:
+            mm.face = self.next_user
+        else:
+            before = <AddressSpace> mm.face
+            while before.next_user != <void *> self:
+                before = <AddressSpace> before.next_user
+            before.next_user = self.next_user
+        mm.users -= 1
+        self.next_user = NULL
+        self.mm = self.home
+        self.home = NULL
+        self.mm.face = <void *> self
+        self.mm.users = 1
+        mm_configure(self.mm, mm)
 
     def __del__(self):
         self.end()
@@ -265,6 +333,9 @@ cdef class AddressSpace:
         if self.mm != NULL:
             face_gone(self.mm)
             mm_put(self.mm)
+        if self.home != NULL:
+            face_gone(self.home)
+            mm_put(self.home)
 
     # ---- entering and leaving the VM: no lock of ours is ever waited for with the GIL held
 
@@ -278,9 +349,17 @@ cdef class AddressSpace:
         return 0
 
     cdef void lock(self):
-        if not mm_trylock(self.mm):
+        cdef MM *mm = self.mm
+        while not mm_trylock(mm):
+            mm_hold(mm)
             with nogil:
-                mm_lock(self.mm)
+                mm_lock(mm)
+            if mm == self.mm:
+                mm_put(mm)              # ours is another
+                return
+            mm_unlock(mm)               # an exec took its place meanwhile
+            mm_put(mm)
+            mm = self.mm
 
     cdef int leave(self) except -1:
         cdef MM *mm = <MM *> thread_inside()
@@ -319,7 +398,9 @@ cdef class AddressSpace:
             Bytes, rounded up to pages.
         prot, flags : int
             As mmap(2): ``PROT_*``; ``MAP_PRIVATE`` or ``MAP_SHARED``, ``MAP_ANONYMOUS``, ``MAP_FIXED``, ``MAP_FIXED_NOREPLACE``,
-            ``MAP_POPULATE``, ``MAP_LOCKED``, ``MAP_NORESERVE``, ``MAP_STACK``.
+            ``MAP_POPULATE``, ``MAP_LOCKED``, ``MAP_NORESERVE``, ``MAP_STACK``; ``MAP_GROWSDOWN``: a stack, which grows down to
+            an access in the hole below it, but not into 256 pages above another mapping; ``MAP_HUGETLB``: 2 MiB pages (`length`
+            is rounded up to whole ones).
         addr : int, optional
             A hint, or with ``MAP_FIXED`` the place.  Without one: the highest gap that fits.
         file : File, optional
@@ -383,8 +464,9 @@ cdef class AddressSpace:
         cdef u64 first = as_u64(pfn, "pfn")
         cdef u64 protection = as_u64(prot, "prot")
         cdef i64 result
-        if first <= self.mm.mem.nframes or first >= 1ULL << 36 or bytes_ > (1ULL << 48) - (first << PAGE_SHIFT):
-            raise ValueError(f"pfn = {pfn}: a device's are above {self.mm.mem.nframes} and below 2**36")
+        cdef u64 last = self.mm.mem.huge_pfn + (self.mm.mem.nhuge << 9) - 1 if self.mm.mem.nhuge else self.mm.mem.nframes
+        if first <= last or first >= 1ULL << 36 or bytes_ > (1ULL << 48) - (first << PAGE_SHIFT):
+            raise ValueError(f"pfn = {pfn}: a device's are above {last} and below 2**36")
         self.enter()
         with nogil:
             result = mm_mmap_device(self.mm, at, bytes_, protection, first)
@@ -444,9 +526,10 @@ cdef class AddressSpace:
 
     def madvise(self, addr, length, advice):
         """
-        ``MADV_DONTNEED``: forget the pages, ``invalidate_range`` per VMA.  ``FREE``: the same hook; the pages, clean and old
-        now, may go at any time, but nothing takes them yet.  ``REMOVE``: `File.punch_hole` of what is mapped.  ``POPULATE_READ
-        POPULATE_WRITE`` fault pages in, as far as it goes.  ``DONTFORK DOFORK WIPEONFORK KEEPONFORK NORMAL RANDOM SEQUENTIAL
+        ``MADV_DONTNEED``: forget the pages, ``invalidate_range`` per VMA.  ``FREE``: the same hook; reclaim throws the pages
+        away, instead of keeping them, unless they are written before.  ``PAGEOUT``: reclaim the pages that nobody else maps;
+        ``COLD``: let them look unused.  ``REMOVE``: `File.punch_hole` of what is mapped.  ``POPULATE_READ POPULATE_WRITE``
+        fault pages in, as far as it goes.  ``DONTFORK DOFORK WIPEONFORK KEEPONFORK NORMAL RANDOM SEQUENTIAL
         HUGEPAGE NOHUGEPAGE DONTDUMP DODUMP`` mark VMAs, which splits and merges them; ``WILLNEED`` does nothing.  The other
         kinds of advice raise NotImplementedError.  Holes are skipped, and ENOMEM at the end.
         """
@@ -466,6 +549,38 @@ cdef class AddressSpace:
             mm_put(mm)
         if error:
             raise syscall_error(error, f"madvise advice {advice}")
+
+    def mlock(self, addr, length):
+        """
+        Lock the pages of a range, rounded out: reclaim passes them over from now on, and they are faulted in at once.
+
+        Raises
+        ------
+        OSError
+            ENOMEM: a hole (what is before it is locked, but not faulted in), a page that cannot be had, or more than
+            ``rlimits["MEMLOCK"]``.  EAGAIN: no frame.  EPERM: that limit is 0.
+        """
+        cdef u64 at = as_u64(addr, "addr")
+        cdef u64 bytes_ = as_u64(length, "length")
+        cdef int error
+        self.enter()
+        with nogil:
+            error = mm_mlock(self.mm, at, bytes_)
+        self.leave()
+        if error:
+            raise syscall_error(error, "mlock")
+
+    def munlock(self, addr, length):
+        """Unlock the pages of a range, rounded out.  A hole is ENOMEM after the VMAs before it are unlocked."""
+        cdef u64 at = as_u64(addr, "addr")
+        cdef u64 bytes_ = as_u64(length, "length")
+        cdef int error
+        self.enter()
+        with nogil:
+            error = mm_munlock(self.mm, at, bytes_)
+        self.leave()
+        if error:
+            raise syscall_error(error, "munlock")
 
     def msync(self, addr, length, flags=4):
         """``sync_range`` per shared VMA.  `flags`: MS_ASYNC 1, MS_INVALIDATE 2, MS_SYNC 4."""
@@ -651,7 +766,7 @@ cdef class AddressSpace:
         self.enter()
         with nogil:
             batch_begin(&batch, self.mm.mem, (end - start) >> PAGE_SHIFT)
-            why = touch_range(self.mm, start, end, writing, &batch, &faulted, &stopped)
+            why = touch_any(self.mm, start, end, writing, &batch, &faulted, &stopped)
             batch_end(&batch)
         self.leave()
         if why:
@@ -683,19 +798,71 @@ cdef class AddressSpace:
             raise MemoryError("fork")
         return face
 
+    def vfork(self):
+        """
+        A child that uses this address space, not a copy, until its ``exec`` or ``exit``.  (The parent is not suspended.)
+
+        Returns
+        -------
+        AddressSpace
+        """
+        cdef AddressSpace child = AddressSpace.__new__(AddressSpace, self.mem)
+        self.enter_with_home()
+        child.join(self)
+        self.leave()
+        return child
+
+    def exec(self):
+        """
+        Begin anew: with an empty address space, no ops, and the same limits.  Of the old one the last user fires ``release``, as
+        ``exit`` does; the child of a ``vfork`` only leaves it.
+        """
+        cdef dict owners
+        cdef dict fresh = {}
+        cdef bint last
+        cdef MM *mm
+        self.enter_with_home()
+        mm = self.mm
+        owners = self.owners
+        last = mm.users == 1
+        if last:
+            with nogil:
+                mm_teardown(mm)
+        self.go_home()
+        self.owners = fresh
+        try:
+            self.leave()
+        finally:
+            self.left(mm, owners if last else None)
+
     def exit(self):
         """
         The end of the process: ``release`` of each ops, newest first and already unlinked; then everything is unmapped, which
-        fires nothing.  Every other operation afterwards raises ESRCH; a second ``exit`` does nothing.
+        fires nothing.  While another process uses the address space (`vfork`), it only leaves it.  Every other operation
+        afterwards raises ESRCH; a second ``exit`` does nothing.
         """
         refuse_in_callback()
         self.end()
+
+    cdef void left(self, MM *mm, dict owners):
+        """After `go_home`, without the lock."""
+        cdef AddressSpace heir
+        if owners is not None:
+            owners.clear()
+        if mm.face != NULL:
+            heir = <AddressSpace> mm.face
+            faces[<size_t> mm] = ref(heir)
+        else:
+            faces.pop(<size_t> mm, None)
+        mm_put(mm)
 
     cdef int end(self) except -1:
         """Garbage collection may run in a callback of another address space: its state is put aside meanwhile."""
         cdef void *outer = thread_inside()
         cdef PyObject *outer_raised = thread_raised()
-        cdef dict owners = self.owners          # let go of without the lock
+        cdef dict owners                        # let go of without the lock
+        cdef bint shared
+        cdef MM *mm
         if self.mm == NULL:
             return 0
         if mm_is_mine(self.mm):
@@ -704,18 +871,26 @@ cdef class AddressSpace:
             return 0
         thread_set_raised(NULL)
         self.lock()
-        thread_set_inside(self.mm)
-        if not self.mm.dead:
-            with nogil:
-                mm_teardown(self.mm)
+        mm = self.mm
+        thread_set_inside(mm)
+        owners = self.owners
         self.owners = None
+        shared = mm.users > 1 and not mm.dead
+        if shared:
+            self.go_home()
+            self.mm.dead = True
+        elif not mm.dead:
+            with nogil:
+                mm_teardown(mm)
         thread_set_inside(outer)
-        mm_unlock(self.mm)
+        mm_unlock(mm)
         try:
             raise_pending()
         finally:
             thread_set_raised(outer_raised)
-            if owners is not None:
+            if shared:
+                self.left(mm, None)
+            elif owners is not None:
                 owners.clear()
         return 0
 
@@ -760,7 +935,7 @@ cdef class AddressSpace:
         cdef bint whole = addr is None
         cdef int error
         cdef list gone = []             # ends after the lock
-        cdef dict owners = self.owners
+        cdef dict owners
         cdef Attached *record
         cdef Attached *next
         if (addr is None) != (length is None):
@@ -769,6 +944,7 @@ cdef class AddressSpace:
             at = as_u64(addr, "addr")
             bytes_ = as_u64(length, "length")
         self.enter()
+        owners = self.owners
         try:
             if register:
                 owners[<size_t> &ops.ops] = ops
@@ -852,12 +1028,12 @@ cdef class AddressSpace:
     def stats(self):
         """
         dict: ``faults`` and their kinds (``faults_zero _anon _file _reuse _cow _swap``), ``map_count``, ``total_pages``,
-        ``rss_pages``, ``swap_pages``; ``hooks`` (chains walked) and ``callbacks`` (run), by callback name; ``chain_nodes`` visited.
-        Hooks are counted only where a chain exists.
+        ``rss_pages``, ``swap_pages``, ``locked_pages``; ``hooks`` (chains walked) and ``callbacks`` (run), by callback name;
+        ``chain_nodes`` visited.  Hooks are counted only where a chain exists.
         """
         cdef FaultCounts faults
         cdef HookCounts hooks
-        cdef u64 map_count, total_pages, rss, swapped
+        cdef u64 map_count, total_pages, rss, swapped, locked
         self.look_begin()
         faults = self.mm.faults
         hooks = self.mm.hooks
@@ -865,12 +1041,14 @@ cdef class AddressSpace:
         total_pages = self.mm.total_pages
         rss = self.mm.rss
         swapped = self.mm.swapped
+        locked = self.mm.locked_pages
         self.look_end()
         return {
             "faults": faults.zero + faults.anon + faults.file + faults.reuse + faults.cow + faults.swap,
             "faults_zero": faults.zero, "faults_anon": faults.anon, "faults_file": faults.file,
             "faults_reuse": faults.reuse, "faults_cow": faults.cow, "faults_swap": faults.swap,
             "map_count": map_count, "total_pages": total_pages, "rss_pages": rss, "swap_pages": swapped,
+            "locked_pages": locked,
             "hooks": hook_dict(hooks.walks), "callbacks": hook_dict(hooks.callbacks), "chain_nodes": hooks.cells,
         }
 
@@ -884,7 +1062,7 @@ cdef int mm_copy(MM *mm, u64 addr, char *data, u64 count, bint write, u64 *compl
     """Read memory into `data` or write it from there."""
     cdef FrameBatch batch
     cdef u64 part, offset
-    cdef u64 *pte
+    cdef u64 pte = 0
     cdef char *contents
     cdef int why = ACCESS_OK
     batch_begin(&batch, mm.mem, (count >> PAGE_SHIFT) + 2)
@@ -893,17 +1071,17 @@ cdef int mm_copy(MM *mm, u64 addr, char *data, u64 count, bint write, u64 *compl
         part = PAGE_SIZE - offset
         if part > count - completed[0]:
             part = count - completed[0]
-        why = access_page(mm, addr, write, &batch, &pte)
+        why = access_any(mm, addr, write, &batch, &pte)
         if why:
             break
         if write:
-            contents = page_contents(mm.mem, pte[0], True)
+            contents = page_contents(mm.mem, pte, True)
             if contents == NULL:
                 why = ACCESS_OOM
                 break
             memcpy(contents + offset, data, part)
         else:
-            contents = page_contents(mm.mem, pte[0], False)
+            contents = page_contents(mm.mem, pte, False)
             if contents != NULL:
                 memcpy(data, contents + offset, part)
             else:
@@ -919,6 +1097,8 @@ cdef char *page_contents(Memory *mem, u64 pte, bint write) noexcept nogil:
     """The buffer of a present page, made for the first write; NULL: zeros, or no memory to write to."""
     if pte & PTE_SPECIAL:
         return device_contents(mem, pte_pfn(pte), write)
+    if pte_pfn(pte) > mem.nframes:
+        return huge_contents(mem, pte_pfn(pte), write)
     if write:
         return frame_contents(mem, pte_pfn(pte))
     return NULL if pte & PTE_ZERO else frame_at(mem, pte_pfn(pte)).contents

@@ -41,6 +41,7 @@ cdef const char *vmas_broken(MM *mm) noexcept nogil:
     cdef u64 count = 0
     cdef u64 total = 0
     cdef u64 data = 0
+    cdef u64 locked = 0
     cdef const char *reason
     while vma != NULL:
         if vma.prev != prev or vma.mm != mm or vma.start >= vma.end or (vma.start | vma.end) & (PAGE_SIZE - 1):
@@ -63,9 +64,13 @@ cdef const char *vmas_broken(MM *mm) noexcept nogil:
         total += vma_pages(vma)
         if is_data(vma.flags):
             data += vma_pages(vma)
+        if vma.flags & VM_LOCKED:
+            locked += vma_pages(vma)
         prev = vma
         vma = vma.next
-    if mm.last != prev or count != mm.map_count or total != mm.total_pages or data != mm.data_pages:
+    if mm.last != prev or count != mm.map_count or total != mm.total_pages:
+        return "sums over the VMAs"
+    if data != mm.data_pages or locked != mm.locked_pages:
         return "sums over the VMAs"
     if mm.made != count or mm.nspare < tree_reserve_size(mm, 0):
         return "reserve of nodes"
@@ -123,14 +128,58 @@ cdef const char *tables_broken(MM *mm, u32 *mapped, u32 *slots) noexcept nogil:
     return NULL
 
 
+cdef const char *huge_broken(MM *mm, u32 *mapped, u64 *reserved) noexcept nogil:
+    """The same for huge pages; mapped[] may be NULL.  Adds what private mappings have reserved to *reserved."""
+    cdef const VMArea *vma = mm.first
+    cdef u64 at = 0
+    cdef u64 used, i, pte, stop
+    cdef Table *leaf
+    while vma != NULL:
+        if vma.flags & VM_HUGETLB and (vma.start | vma.end) & (HUGE_SIZE - 1):
+            return "a huge page cut"
+        if vma.flags & VM_RESERVED:
+            reserved[0] += (vma.end - vma.start) >> HUGE_SHIFT
+        vma = vma.next
+    while mm.huge != NULL:
+        leaf = leaf_next(mm.huge, &at, TASK_SIZE >> 9, &stop)
+        if leaf == NULL:
+            break
+        used = 0
+        for i in range(512):
+            pte = leaf.entry[i]
+            if pte == 0:
+                continue
+            used += 1
+            vma = vma_at(mm, (at + (i << PAGE_SHIFT)) << 9)
+            if vma == NULL or not vma.flags & VM_HUGETLB:
+                return "an entry outside every hugetlb VMA"
+            if vma.flags & VM_RESERVED and (pte == HUGE_SPENT or huge_frame(mm.mem, pte_pfn(pte)).owner & OWNER_ANON):
+                reserved[0] -= 1
+            if pte == HUGE_SPENT:
+                if not vma.flags & VM_RESERVED:
+                    return "a reservation spent that was not made"
+                continue
+            if not pte & PTE_PRESENT or (pte & PTE_WRITE and not vma.flags & VM_WRITE):
+                return "a huge entry's rights"
+            if mapped != NULL:
+                mapped[mm.mem.nframes + 1 + ((pte_pfn(pte) - mm.mem.huge_pfn) >> 9)] += 1
+        if used == 0 or used != leaf.used:
+            return "entries of a table of huge pages"
+        at = stop
+    return NULL
+
+
 def check_space(AddressSpace space not None):
     """Raise AssertionError if an address space breaks an invariant of its own."""
     cdef const char *reason
+    cdef u64 reserved = 0
     space.look_begin()
     with nogil:
         reason = vmas_broken(space.mm)
         if reason == NULL:
             reason = tables_broken(space.mm, NULL, NULL)
+        if reason == NULL:
+            reason = huge_broken(space.mm, NULL, &reserved)
     space.look_end()
     if reason != NULL:
         raise AssertionError(reason.decode())
@@ -142,18 +191,25 @@ def check_memory(PhysicalMemory memory not None, spaces):
     and not in use now, and the page caches add up to.
     """
     cdef Memory *mem = memory.mem
-    cdef u32 *mapped = <u32 *> calloc(mem.nframes + 1, sizeof(u32))
+    cdef u32 *mapped = <u32 *> calloc(mem.nframes + 1 + mem.nhuge, sizeof(u32))
     cdef u32 *slots = <u32 *> calloc(mem.nslots + 1, sizeof(u32))
     cdef AddressSpace space
+    cdef set seen = set()
     cdef const char *reason = NULL
     cdef u64 pfn, number
     cdef u64 used = 0
     cdef u64 swap_used = 0
+    cdef u64 reserved = 0
     try:
         if mapped == NULL or slots == NULL:
             raise MemoryError("check_memory")
         for space in spaces:
+            if <size_t> space.mm in seen:           # one after vfork
+                continue
+            seen.add(<size_t> space.mm)
             reason = tables_broken(space.mm, mapped, slots)
+            if reason == NULL:
+                reason = huge_broken(space.mm, mapped, &reserved)
             if reason != NULL:
                 raise AssertionError(reason.decode())
         for pfn in range(1, mem.nframes + 1):
@@ -167,6 +223,18 @@ def check_memory(PhysicalMemory memory not None, spaces):
                 raise AssertionError(f"frame {pfn}: free with contents")
         if used != mem.nframes - mem.nfree or mem.nfree != mem.nreturned + mem.nframes + 1 - mem.fresh:
             raise AssertionError(f"{used} frames used, {mem.nfree} free of {mem.nframes}")
+        used = 0
+        for number in range(mem.nhuge):
+            used += mem.huge[number].counts != 0
+            if mapcount_of(mem.huge[number].counts) != mapped[mem.nframes + 1 + number]:
+                raise AssertionError(f"huge page {number}: counts {mapcount_of(mem.huge[number].counts)} mappings, "
+                                     f"has {mapped[mem.nframes + 1 + number]}")
+            if mem.huge[number].counts == 0 and (mem.huge[number].contents != NULL or mem.huge[number].owner):
+                raise AssertionError(f"huge page {number}: free with contents")
+        if used != mem.nhuge - mem.huge_free:
+            raise AssertionError(f"{used} huge pages used, {mem.huge_free} free of {mem.nhuge}")
+        if not reserved <= mem.huge_reserved <= mem.huge_free:      # the others are files'
+            raise AssertionError(f"{mem.huge_reserved} huge pages reserved, {reserved} by private mappings, {mem.huge_free} free")
         for number in range(1, mem.nslots + 1):
             slot = mem.slots[number]
             swap_used += slot.count != 0

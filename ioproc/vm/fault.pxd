@@ -6,15 +6,15 @@ from ioproc.vm.frames cimport (
     ONE_REFERENCE, Frame, FrameBatch, batch_free, batch_put_back, batch_take, frame_at, frame_copy_contents, frame_put,
     frame_unmap, mapcount_of, pool_take)
 from ioproc.vm.mm cimport (
-    MM, OWNER_ANON, OWNER_DIRTY, PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, PTE_DIRTY, PTE_EXCLUSIVE, PTE_PRESENT, PTE_SPECIAL,
-    PTE_SWAP, PTE_USER, PTE_WRITE, PTE_YOUNG, PTE_ZERO, VM_ACCESS, VM_LOCKED, VM_SHARED, VM_WRITE, AnonVMA, FileCache, Memory,
-    Slot, Table, VMArea, atomic_add, atomic_load, atomic_store, check, page_align, pthread_mutex_lock, pthread_mutex_unlock,
-    vma_index)
+    MM, MMAP_MIN, OWNER_ANON, OWNER_DIRTY, PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, PTE_DIRTY, PTE_EXCLUSIVE, PTE_PRESENT,
+    PTE_SPECIAL, PTE_SWAP, PTE_USER, PTE_WRITE, PTE_YOUNG, PTE_ZERO, VM_ACCESS, VM_GROWSDOWN, VM_HUGETLB, VM_LOCKED, VM_SHARED,
+    VM_WRITE, AnonVMA, FileCache, Memory, Slot, Table, VMArea, atomic_add, atomic_load, atomic_store, check, page_align,
+    pthread_mutex_lock, pthread_mutex_unlock, vma_index)
 from ioproc.vm.page_table cimport leaf_drop, leaf_end, leaf_find, leaf_make, pte_set, table_index
 from ioproc.vm.reclaim cimport RECLAIM_TRIES, reclaim_some
 from ioproc.vm.rmap cimport anon_is_singular, anon_join, anon_new, anon_root
 from ioproc.vm.swap cimport CACHE_DISK, CACHE_SLOT, cache_pfn, slot_cache, slot_copy, slot_put
-from ioproc.vm.vma cimport vma_find
+from ioproc.vm.vma cimport STACK_GUARD_GAP, may_expand, may_lock, vma_find, vma_resize
 
 # Why an access failed; positive, so that it never meets an errno's negative.
 cdef enum Access:
@@ -22,6 +22,7 @@ cdef enum Access:
     ACCESS_SEGV = 1             # no mapping, or not allowed
     ACCESS_BUS = 2              # beyond the file's last page
     ACCESS_OOM = 3              # no frame, or no memory for a table
+    ACCESS_HUGE = 4             # not here: huge pages (see huge.pyx)
 
 
 cdef inline u64 pte_make(u64 pfn, u64 bits) noexcept nogil:
@@ -94,7 +95,7 @@ cdef inline u64 file_page(FileCache *file, u64 index, FrameBatch *batch) noexcep
         leaf_drop(file.pages, index << PAGE_SHIFT)
         return 0
     frame = &file.mem.frames[pfn]
-    frame.counts = ONE_REFERENCE
+    atomic_store(&frame.counts, ONE_REFERENCE)
     atomic_store(&frame.index, index)
     atomic_store(&frame.owner, <u64> file)
     if entry == 0:
@@ -131,7 +132,7 @@ cdef inline bint map_anonymous(MM *mm, VMArea *vma, u64 addr, u64 *pte, FrameBat
     if unlikely(pfn == 0):
         return False
     frame = frame_at(mm.mem, pfn)
-    frame.counts = 1
+    atomic_store(&frame.counts, 1)
     frame_own(frame, vma, addr)
     pte[0] = pte_make(pfn, PTE_PRESENT | PTE_USER | PTE_WRITE | PTE_YOUNG | PTE_DIRTY | PTE_EXCLUSIVE)
     mm.rss += 1
@@ -183,7 +184,7 @@ cdef inline int fault_file(MM *mm, VMArea *vma, u64 addr, u64 index, Table *leaf
         return ACCESS_BUS if beyond else ACCESS_OOM
     if copy:
         frame = frame_at(mem, pfn)
-        frame.counts = 1
+        atomic_store(&frame.counts, 1)
         frame_own(frame, vma, addr)
         bits |= PTE_WRITE | PTE_DIRTY | PTE_EXCLUSIVE
     elif vma.flags & VM_SHARED and vma.flags & VM_WRITE:
@@ -234,7 +235,7 @@ cdef inline int fault_write_protect(MM *mm, VMArea *vma, u64 addr, u64 *pte, Fra
         batch_free(batch, pfn)
         return ACCESS_OOM
     fire_page(mm, INVALIDATE_PAGE, vma, addr)
-    frame.counts = 1
+    atomic_store(&frame.counts, 1)
     frame_own(frame, vma, addr)
     if pte[0] & PTE_ZERO:
         mm.rss += 1
@@ -277,10 +278,10 @@ cdef inline int fault_swap(MM *mm, VMArea *vma, u64 addr, u64 *pte, bint write, 
         frame = frame_at(mem, pfn)
         if slot.count == 1:
             frame_from_slot(mem, number, frame)
-            frame.counts = 1
+            atomic_store(&frame.counts, 1)
         elif slot_copy(mem, number, frame):
             mem.reclaim.swapped_in += 1
-            frame.counts = 1
+            atomic_store(&frame.counts, 1)
             if not copy:
                 slot_cache(mem, number, pfn)
                 slot_put(mem, number)
@@ -351,6 +352,35 @@ cdef inline int fault_or_reclaim(MM *mm, VMArea *vma, u64 addr, Table **leaf, bi
     return result
 
 
+cdef inline bint vma_grow(VMArea *vma, u64 addr) noexcept nogil:
+    """A stack grows down to the page of `addr`, in the hole below it.  False: it is none, or must not."""
+    cdef MM *mm = vma.mm
+    cdef const VMArea *below = vma.prev
+    cdef u64 start = addr & PAGE_MASK
+    cdef u64 pages = (vma.start - start) >> PAGE_SHIFT
+    if not vma.flags & VM_GROWSDOWN or start < MMAP_MIN:
+        return False
+    if (below != NULL and below.flags & VM_ACCESS and not below.flags & VM_GROWSDOWN
+            and start - below.end < STACK_GUARD_GAP):
+        return False
+    if not anon_prepare(vma):
+        return False
+    if vma.end - start > mm.limit_stack or not may_expand(mm, vma.flags, pages) or pages > vma.pgoff:
+        return False
+    if vma.flags & VM_LOCKED and not may_lock(mm, pages):
+        return False
+    vma_resize(vma, start, vma.end)
+    return True
+
+
+cdef inline VMArea *vma_to_access(MM *mm, u64 addr, bint write) noexcept nogil:
+    """The VMA of an access, or NULL if there is none or it does not allow it.  A stack has grown then all the same."""
+    cdef VMArea *vma = vma_find(mm, addr)
+    if vma == NULL or (unlikely(addr < vma.start) and not vma_grow(vma, addr)) or not vma_allows(vma, write):
+        return NULL
+    return vma
+
+
 cdef inline int access_page(MM *mm, u64 addr, bint write, FrameBatch *batch, u64 **pte) noexcept nogil:
     """One access to the page of `addr`: *pte is its entry, with the accessed and dirty bits set.  0, or why not."""
     cdef Table *leaf = leaf_find(mm.root, addr)
@@ -358,9 +388,11 @@ cdef inline int access_page(MM *mm, u64 addr, bint write, FrameBatch *batch, u64
     cdef VMArea *vma
     cdef int result
     if leaf == NULL or not pte_allows(leaf.entry[index], write):
-        vma = vma_find(mm, addr)
-        if vma == NULL or addr < vma.start or not vma_allows(vma, write):
+        vma = vma_to_access(mm, addr, write)
+        if vma == NULL:
             return ACCESS_SEGV
+        if vma.flags & VM_HUGETLB:
+            return ACCESS_HUGE
         result = fault_or_reclaim(mm, vma, addr & PAGE_MASK, &leaf, write, batch)
         if result != ACCESS_OK:
             return result
@@ -387,9 +419,12 @@ cdef inline int touch_range(MM *mm, u64 start, u64 end, bint write, FrameBatch *
     cdef Table *leaf
     cdef int result = ACCESS_OK
     while addr < end and result == ACCESS_OK:
-        vma = vma_find(mm, addr)
-        if vma == NULL or addr < vma.start or not vma_allows(vma, write):
+        vma = vma_to_access(mm, addr, write)
+        if vma == NULL:
             result = ACCESS_SEGV
+            break
+        if unlikely(vma.flags & VM_HUGETLB):
+            result = ACCESS_HUGE
             break
         limit = vma.end if vma.end < end else end
         anonymous = write and vma.file == NULL

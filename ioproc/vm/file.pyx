@@ -26,6 +26,10 @@ cdef void file_free(FileCache *file) noexcept nogil:
     cdef Memory *mem = file.mem
     cdef u64 addr = 0
     cdef bint more = True
+    if file.huge:
+        pthread_mutex_lock(&mem.lock)
+        huge_file_drop(file, 0, FILE_END, True)
+        pthread_mutex_unlock(&mem.lock)
     while more:
         # also: whoever found the file by a frame's owner did so under this lock
         pthread_mutex_lock(&mem.lock)
@@ -103,8 +107,13 @@ cdef void file_drop(FileCache *file, u64 start, u64 end) noexcept nogil:
 
 cdef void file_zero(FileCache *file, u64 start, u64 end) noexcept nogil:
     """Part of a page.  Memory.lock is held."""
-    cdef u64 *entry = pte_find(file.pages, start) if start < FILE_END else NULL
-    cdef char *contents = <char *> cache_contents(file.mem, entry[0]) if entry != NULL else NULL
+    cdef char *contents
+    if file.huge:
+        contents = huge_file_contents(file, start)
+        if contents != NULL and start < end:
+            memset(contents + (start & (HUGE_SIZE - 1)), 0, end - start)
+        return
+    contents = <char *> file_contents(file, start) if start < FILE_END else NULL
     if contents != NULL:
         memset(contents + (start & (PAGE_SIZE - 1)), 0, end - start)
 
@@ -113,6 +122,10 @@ cdef bint vma_maps(const VMArea *vma, u64 start, u64 end, u64 *first, u64 *last)
     """[*first, *last): where the VMA maps [start, end) of its file.  False: nowhere."""
     cdef u64 low = vma.pgoff << PAGE_SHIFT
     cdef u64 high = low + (vma.end - vma.start)
+    if atomic_load(&vma.flags) & VM_NONLINEAR:        # anywhere
+        first[0] = vma.start
+        last[0] = vma.end
+        return True
     first[0] = vma.start + (start - low if start > low else 0)
     last[0] = vma.end - (high - end if high > end else 0)
     return start < high and low < end
@@ -138,7 +151,9 @@ cdef void mm_cut(MM *mm, FileCache *file, u64 start, u64 end, bint copies) noexc
     while vma != NULL:
         if vma_maps(vma, start, end, &first, &last):
             fire_range(mm, INVALIDATE_RANGE, vma, first, last)
-            if copies:
+            if vma.flags & VM_NONLINEAR:
+                zap_nonlinear(mm, vma, first, last, start >> PAGE_SHIFT, end >> PAGE_SHIFT, &batch)
+            elif copies:
                 zap_range(mm, first, last, &batch)
             else:
                 zap_file_range(mm, first, last, &batch)
@@ -179,6 +194,7 @@ cdef void file_cut(FileCache *file, u64 start, u64 end, bint copies) noexcept no
 
 
 cdef void file_truncate(FileCache *file, u64 size) noexcept nogil:
+    """A huge file: `size` is a multiple of 2 MiB."""
     cdef Memory *mem = file.mem
     cdef u64 kept = page_align(size)
     cdef u64 old
@@ -186,7 +202,9 @@ cdef void file_truncate(FileCache *file, u64 size) noexcept nogil:
     pthread_mutex_lock(&mem.lock)
     old = file.size
     atomic_store(&file.size, size)
-    if size < old:
+    if size < old and file.huge:
+        huge_file_drop(file, size, FILE_END, True)
+    elif size < old:
         file_zero(file, size, kept)
         file_drop(file, kept, UINT64_MAX)
     pthread_mutex_unlock(&mem.lock)
@@ -196,10 +214,10 @@ cdef void file_truncate(FileCache *file, u64 size) noexcept nogil:
 
 
 cdef void file_punch(FileCache *file, u64 start, u64 end) noexcept nogil:
-    """[start, end) reads as zeros from now on; private copies stay."""
+    """[start, end) reads as zeros from now on; private copies stay, but not of huge pages."""
     cdef Memory *mem = file.mem
-    cdef u64 first = page_align(start)
-    cdef u64 last = end & PAGE_MASK
+    cdef u64 first = huge_align(start) if file.huge else page_align(start)
+    cdef u64 last = end & (HUGE_MASK if file.huge else PAGE_MASK)
     pthread_mutex_lock(&mem.cutting)
     pthread_mutex_lock(&mem.lock)
     if first > last:                        # inside one page
@@ -207,16 +225,29 @@ cdef void file_punch(FileCache *file, u64 start, u64 end) noexcept nogil:
     else:
         file_zero(file, start, first)
         file_zero(file, last, end)
-        file_drop(file, first, last)
+        if file.huge:
+            huge_file_drop(file, first, last, False)
+        else:
+            file_drop(file, first, last)
     pthread_mutex_unlock(&mem.lock)
     if first < last:
-        file_cut(file, first, last, False)
+        file_cut(file, first, last, file.huge)
     pthread_mutex_unlock(&mem.cutting)
+
+
+cdef const char *file_contents(FileCache *file, u64 at) noexcept nogil:
+    """The buffer of the 4 KiB page at `at`, NULL: zeros.  Memory.lock is held."""
+    cdef u64 *entry
+    cdef const char *contents
+    if file.huge:
+        contents = huge_file_contents(file, at)
+        return contents + (at & (HUGE_SIZE - 1) & PAGE_MASK) if contents != NULL else NULL
+    entry = pte_find(file.pages, at)
+    return cache_contents(file.mem, entry[0]) if entry != NULL else NULL
 
 
 cdef u64 file_read(FileCache *file, u64 at, char *data, u64 count) noexcept nogil:
     """How many bytes there were.  Memory.lock is held."""
-    cdef u64 *entry
     cdef u64 part
     cdef u64 total = 0
     cdef const char *contents
@@ -227,8 +258,7 @@ cdef u64 file_read(FileCache *file, u64 at, char *data, u64 count) noexcept nogi
         part = PAGE_SIZE - (at & (PAGE_SIZE - 1))
         if part > count:
             part = count
-        entry = pte_find(file.pages, at)
-        contents = cache_contents(file.mem, entry[0]) if entry != NULL else NULL
+        contents = file_contents(file, at)
         if contents != NULL:
             memcpy(data, contents + (at & (PAGE_SIZE - 1)), part)
         else:
@@ -273,6 +303,18 @@ cdef bint file_write(FileCache *file, u64 at, const char *data, u64 count) noexc
     return True
 
 
+cdef i64 as_offset(object value, str name) except? -0x7ffffffffffffff1:
+    """A file's offset, length or size as a system call's, which may be negative."""
+    cdef object number
+    try:
+        number = value.__index__()
+    except AttributeError:
+        raise TypeError(f"{name} = {value!r}: not an integer") from None
+    if not -1 << 63 <= number < 1 << 63:
+        raise ValueError(f"{name} = {value}: not in -2**63 .. 2**63 - 1")
+    return number
+
+
 cdef u64 as_file_size(object size, str name) except? 0xfffffffffffffff1:
     cdef u64 bytes_ = as_u64(size, name)
     if bytes_ > 1ULL << 46:
@@ -292,17 +334,24 @@ cdef class File:
         Bytes.  An access to a mapping beyond the file's last page raises `BusError`.
     memfd : bool
         Shared memory, as memfd_create(2) makes it: there is no disk below, and its pages go to swap.
+    huge : bool
+        A file of huge pages, as in hugetlbfs: sizes are multiples of 2 MiB, a writable mapping beyond the end makes it longer,
+        and `write` is EINVAL.
     """
     cdef FileCache *file
     cdef readonly PhysicalMemory mem
     cdef object __weakref__
 
-    def __cinit__(self, PhysicalMemory mem not None, size, memfd=False):
+    def __cinit__(self, PhysicalMemory mem not None, size, memfd=False, huge=False):
+        cdef u64 bytes_ = as_file_size(size, "size")
+        if huge and bytes_ & (HUGE_SIZE - 1):
+            raise ValueError(f"size = {size}: a huge file's is a multiple of 2 MiB")
         self.mem = mem
-        self.file = file_new(mem.mem, as_file_size(size, "size"))
+        self.file = file_new(mem.mem, bytes_)
         if self.file == NULL:
             raise MemoryError("File")
         self.file.memfd = memfd
+        self.file.huge = huge
         faces[<size_t> self.file] = ref(self)
 
     def __dealloc__(self):
@@ -359,6 +408,8 @@ cdef class File:
         if at > 1ULL << 46 or count > (1ULL << 46) - at:
             raise ValueError(f"offset = {offset}: a file has at most 2**46 bytes")
         refuse_in_callback()
+        if file.huge:
+            raise syscall_error(-EINVAL, "")
         thread_set_inside(file.mem)
         with nogil:
             pthread_mutex_lock(&file.mem.lock)
@@ -375,10 +426,16 @@ cdef class File:
         the last page, and these pages go, also the copies of private mappings; the rest of the last page becomes zeros.
         A larger one fires nothing.
 
-        Callbacks run in the thread that calls this, under the lock of one address space after the other.
+        Callbacks run in the thread that calls this, under the lock of one address space after the other.  EINVAL: negative.
         """
-        cdef u64 bytes_ = as_file_size(size, "size")
+        cdef i64 offset = as_offset(size, "size")
+        cdef u64 bytes_
+        if offset < 0:
+            raise syscall_error(-EINVAL, "")
+        bytes_ = as_file_size(size, "size")
         refuse_in_callback()
+        if self.file.huge and bytes_ & (HUGE_SIZE - 1):
+            raise syscall_error(-EINVAL, "")
         with nogil:
             file_truncate(self.file, bytes_)
         raise_pending()
@@ -391,14 +448,14 @@ cdef class File:
         Raises
         ------
         OSError
-            EINVAL: `length` is 0.  EFBIG: the range ends beyond the largest offset of a file.
+            EINVAL: `length` is 0, or one is negative.  EFBIG: the range ends beyond the largest offset of a file.
         """
-        cdef u64 at = as_u64(offset, "offset")
-        cdef u64 count = as_u64(length, "length")
+        cdef i64 at = as_offset(offset, "offset")
+        cdef i64 count = as_offset(length, "length")
         refuse_in_callback()
-        if count == 0:
+        if at < 0 or count <= 0:
             raise syscall_error(-EINVAL, "")
-        if at > FILE_LIMIT or count > FILE_LIMIT - at:
+        if <u64> count > FILE_LIMIT - at:
             raise syscall_error(-EFBIG, "")
         with nogil:
             file_punch(self.file, at, at + count)

@@ -7,7 +7,7 @@ cdef extern from "<sys/mman.h>" nogil:
         HOST_MADV_HUGEPAGE "MADV_HUGEPAGE"
 
 
-cdef Memory *memory_new(u64 frames, u64 swap_slots) noexcept nogil:
+cdef Memory *memory_new(u64 frames, u64 swap_slots, u64 huge_pages) noexcept nogil:
     cdef Memory *mem = <Memory *> calloc(1, sizeof(Memory))
     if mem == NULL:
         return NULL
@@ -23,6 +23,9 @@ cdef Memory *memory_new(u64 frames, u64 swap_slots) noexcept nogil:
     if frames * sizeof(Frame) >= 64 << 20:
         madvise(<void *> page_align(<u64> mem.frames), (frames - 256) * sizeof(Frame) & PAGE_MASK, HOST_MADV_HUGEPAGE)
     mem.nframes = frames
+    if not huge_pool_new(mem, huge_pages):
+        memory_release(mem)
+        return NULL
     mem.nfree = frames
     mem.fresh = 1
     mem.hand = 1
@@ -38,6 +41,8 @@ cdef void memory_release(Memory *mem) noexcept nogil:
         free(mem.victims.rows)
         free(mem.victims)
     device_free(mem)
+    free(mem.huge)
+    free(mem.huge_stack)
     free(mem.frames)
     free(mem.returned)
     free(mem.slots)
@@ -67,6 +72,8 @@ cdef MM *mm_new(Memory *mem) noexcept nogil:
     mm.max_map_count = 65530
     mm.limit_as = UINT64_MAX
     mm.limit_data = UINT64_MAX
+    mm.limit_memlock = UINT64_MAX
+    mm.limit_stack = UINT64_MAX
     return mm
 
 
@@ -85,6 +92,7 @@ cdef void mm_teardown(MM *mm) noexcept nogil:
 cdef void mm_free(MM *mm) noexcept nogil:
     """After mm_teardown."""
     table_free(mm.root, 3)
+    table_free(mm.huge, 3)
     tree_end(mm)
     pthread_mutex_destroy(&mm.lock)
     free(mm)
@@ -104,13 +112,25 @@ cdef void mm_discard(MM *mm) noexcept nogil:
     mm_put(mm)
 
 
+cdef void mm_configure(MM *mm, const MM *like) noexcept nogil:
+    """What a process keeps over fork and exec."""
+    mm.max_map_count = like.max_map_count
+    mm.limit_as = like.limit_as
+    mm.limit_data = like.limit_data
+    mm.limit_memlock = like.limit_memlock
+    mm.limit_stack = like.limit_stack
+    mm.nonlinear = like.nonlinear
+    mm.start_brk = like.start_brk
+    mm.brk = like.start_brk
+
+
 cdef bint fork_vmas(MM *parent, MM *child) noexcept nogil:
     cdef VMArea *vma = parent.first
     cdef VMArea *copy
     cdef bint copied, done
     while vma != NULL:
         if not vma.flags & VM_DONTCOPY:
-            copy = vma_new(child, vma.start, vma.end, vma.pgoff, vma.flags & ~<u64> VM_LOCKED, vma.file)
+            copy = vma_new(child, vma.start, vma.end, vma.pgoff, vma.flags & ~<u64> (VM_LOCKED | VM_RESERVED), vma.file)
             if copy == NULL:
                 return False
             copy.attach = vma.attach
@@ -123,6 +143,8 @@ cdef bint fork_vmas(MM *parent, MM *child) noexcept nogil:
                 pthread_mutex_unlock(&parent.mem.lock)
             vma_insert(child, copy)
             if not done or (copied and not fork_range(parent, child, vma)):
+                return False
+            if copied and vma.flags & VM_HUGETLB and not fork_huge_range(parent, child, vma):
                 return False
             if vma.flags & (VM_PFNMAP | VM_NONLINEAR) and not fork_shared_range(parent, child, vma):
                 return False
@@ -138,13 +160,9 @@ cdef MM *mm_fork(MM *parent) noexcept nogil:
         return NULL
     mm_lock(child)                          # what looks through a file's mappings finds it before it is filled
     child.cut = atomic_load(&parent.cut)
-    child.start_brk = parent.start_brk
+    mm_configure(child, parent)
     child.attaches = parent.attaches
     child.brk = parent.brk
-    child.max_map_count = parent.max_map_count
-    child.nonlinear = parent.nonlinear
-    child.limit_as = parent.limit_as
-    child.limit_data = parent.limit_data
     done = fork_vmas(parent, child)
     mm_unlock(child)
     if not done:

@@ -62,25 +62,31 @@ cdef class PhysicalMemory:
     swap_slots : int
         Pages of swap.  An access that finds no frame takes one back from whoever has not used his lately, in any
         address space: pages of files go to the file's backing store, anonymous ones to a slot.
+    huge_pages : int
+        Pages of 2 MiB for hugetlb mappings and files, apart from the frames: ``nr_hugepages``.  Each is 512 page frame
+        numbers, the first of them the next multiple of 512 above `frames`.
 
     Raises
     ------
     ValueError
-        `frames` is not in 1 .. 2**32 - 1, or `swap_slots` not in 0 .. 2**32 - 2.
+        `frames` is not in 1 .. 2**32 - 1, `swap_slots` not in 0 .. 2**32 - 2, or `huge_pages` not in 0 .. 2**26.
     """
     cdef Memory *mem
     cdef object __weakref__
 
-    def __cinit__(self, frames=65536, swap_slots=0):
+    def __cinit__(self, frames=65536, swap_slots=0, huge_pages=0):
         cdef u64 count = as_u64(frames, "frames")
         cdef u64 slots = as_u64(swap_slots, "swap_slots")
+        cdef u64 pages = as_u64(huge_pages, "huge_pages")
         if not 1 <= count < 1 << 32:
             raise ValueError(f"frames = {frames}: not in 1 .. 2**32 - 1")
         if slots >= (1ULL << 32) - 1:
             raise ValueError(f"swap_slots = {swap_slots}: not in 0 .. 2**32 - 2")
-        self.mem = memory_new(count, slots)
+        if pages > 1 << 26:
+            raise ValueError(f"huge_pages = {huge_pages}: not in 0 .. 2**26")
+        self.mem = memory_new(count, slots, pages)
         if self.mem == NULL:
-            raise MemoryError(f"no memory to describe {frames} frames and {swap_slots} swap slots")
+            raise MemoryError(f"no memory to describe {frames} frames, {swap_slots} swap slots and {huge_pages} huge pages")
 
     def __dealloc__(self):
         if self.mem != NULL:
@@ -89,21 +95,25 @@ cdef class PhysicalMemory:
     @property
     def stats(self):
         """
-        dict: ``frames``, ``frames_free``, ``frames_used``, ``swap_slots``, ``swap_free``, ``swap_used``, now; and so far, in
-        pages: ``scanned`` (looked at by reclaim), ``reclaimed`` (frames freed by it), ``swapped_out``, ``swapped_in``,
-        ``written_back`` (dirty pages of files), ``discarded`` (clean pages of files, and what MADV_FREE gave up).
+        dict: ``frames``, ``frames_free``, ``frames_used``, ``swap_slots``, ``swap_free``, ``swap_used``, ``huge_pages``,
+        ``huge_pages_free``, ``huge_pages_reserved`` (of those free: promised to mappings), now; and so far, in pages:
+        ``scanned`` (looked at by reclaim), ``reclaimed`` (frames freed by it), ``swapped_out``, ``swapped_in``, ``written_back``
+        (dirty pages of files), ``discarded`` (clean pages of files, and what MADV_FREE gave up).
         """
-        cdef u64 left, swap_used
+        cdef u64 left, swap_used, huge_free, huge_reserved
         cdef ReclaimCounts counts
         with nogil:
             pthread_mutex_lock(&self.mem.lock)
             left = self.mem.nfree
             swap_used = self.mem.swap_used
             counts = self.mem.reclaim
+            huge_free = self.mem.huge_free
+            huge_reserved = self.mem.huge_reserved
             pthread_mutex_unlock(&self.mem.lock)
         return {
             "frames": self.mem.nframes, "frames_free": left, "frames_used": self.mem.nframes - left,
             "swap_slots": self.mem.nslots, "swap_free": self.mem.nslots - swap_used, "swap_used": swap_used,
+            "huge_pages": self.mem.nhuge, "huge_pages_free": huge_free, "huge_pages_reserved": huge_reserved,
             "scanned": counts.scanned, "reclaimed": counts.reclaimed, "swapped_out": counts.swapped_out,
             "swapped_in": counts.swapped_in, "written_back": counts.written_back, "discarded": counts.discarded,
         }
@@ -209,21 +219,23 @@ cdef class PhysicalMemory:
         Raises
         ------
         ValueError
-            A frame is not pinned; those before it in `pfns` are unpinned.
+            A frame is not pinned (so often); nothing is unpinned.
         """
-        cdef const u64[::1] rows = np.ascontiguousarray(pfns, np.uint64).ravel()
-        cdef u64 n = rows.shape[0]
-        cdef u64 done
-        cdef FrameBatch batch
+        cdef const u64[::1] rows
+        cdef const i64[::1] times
+        cdef u64 n, done
         refuse_in_callback()
+        numbers = np.asarray(pfns, np.uint64)
+        # references are a huge page's, not its parts'
+        numbers = np.where(numbers > self.mem.nframes, numbers // HUGE_PAGES * HUGE_PAGES, numbers)
+        rows, times = np.unique(numbers, return_counts=True)
+        n = rows.shape[0]
         if n == 0:
             return
         with nogil:
-            batch_begin(&batch, self.mem, 0)
-            done = frames_unpin(&batch, &rows[0], n)
-            batch_end(&batch)
+            done = frames_unpin(self.mem, &rows[0], &times[0], n)
         if done < n:
-            raise ValueError(f"pfns[{done}] = {rows[done]}: not pinned")
+            raise ValueError(f"pfns: {rows[done]} is not pinned {times[done]} times")
 
     def mappings(self, pfn):
         """
@@ -252,12 +264,15 @@ cdef class PhysicalMemory:
         cdef u64 i
         cdef bint mapped
         cdef AddressSpace space
-        cdef u64 *pte
-        if number > self.mem.nframes:
+        cdef u64 *entry
+        cdef u64 pte
+        cdef u64 within = 0
+        cdef const Frame *frame = frame_any(self.mem, number)
+        if frame == NULL:
             raise ValueError(f"pfn = {pfn}: this memory has {self.mem.nframes} frames")
         with nogil:
             pthread_mutex_lock(&self.mem.lock)
-            spots = rmap_candidates(frame_at(self.mem, number), &count)
+            spots = rmap_candidates(frame, &count)
             pthread_mutex_unlock(&self.mem.lock)
         if spots == NULL and count:
             raise MemoryError("reverse map")
@@ -272,11 +287,16 @@ cdef class PhysicalMemory:
         for space, addr in candidates:
             if not space.look_begin(False):
                 continue
-            pte = pte_find(space.mm.root, addr)
-            mapped = pte != NULL and pte[0] & PTE_PRESENT and not pte[0] & PTE_UNCOUNTED and pte_pfn(pte[0]) == number
+            if number > self.mem.nframes:
+                within = (number & (HUGE_PAGES - 1)) << PAGE_SHIFT
+                pte = huge_lookup(space.mm, addr + within)
+            else:
+                entry = pte_find(space.mm.root, addr)
+                pte = entry[0] if entry != NULL else 0
+            mapped = pte & PTE_PRESENT and not pte & PTE_UNCOUNTED and pte_pfn(pte) == number
             space.look_end()
-            if mapped and (space, addr) not in found:       # a VMA being split is listed twice for a moment
-                found.append((space, addr))
+            if mapped and (space, addr + within) not in found:      # a VMA being split is listed twice for a moment
+                found.append((space, addr + within))
         return found
 
     def __repr__(self):
@@ -302,7 +322,7 @@ cdef u64 *rmap_candidates(const Frame *frame, u64 *count) noexcept nogil:
     elif owner:
         vma = (<const FileCache *> (owner & ~<u64> OWNER_BITS)).mappings
         while vma != NULL:
-            room += vma_pages(vma) if vma.flags & VM_NONLINEAR else 1
+            room += vma_pages(vma) if atomic_load(&vma.flags) & VM_NONLINEAR else 1
             vma = vma.file_above
         vma = (<const FileCache *> (owner & ~<u64> OWNER_BITS)).mappings
     if room == 0:
@@ -322,7 +342,7 @@ cdef u64 *rmap_candidates(const Frame *frame, u64 *count) noexcept nogil:
 
 cdef void rmap_candidate(const VMArea *vma, u64 index, u64 *spots, u64 *count) noexcept nogil:
     cdef u64 addr = vma.start
-    if vma.flags & VM_NONLINEAR:            # anywhere
+    if atomic_load(&vma.flags) & VM_NONLINEAR:      # anywhere
         while addr < vma.end:
             spots[2 * count[0]] = <u64> vma.mm
             spots[2 * count[0] + 1] = addr

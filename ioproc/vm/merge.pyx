@@ -58,7 +58,10 @@ cdef VMArea *vma_duplicate(VMArea *vma, u64 start, u64 end, u64 pgoff) noexcept 
 
 cdef int vma_split(MM *mm, VMArea *vma, u64 addr) noexcept nogil:
     """[start, addr) stays `vma`, [addr, end) becomes its successor; both carry the chain.  Fires nothing."""
-    cdef VMArea *upper = vma_duplicate(vma, addr, vma.end, vma_index(vma, addr))
+    cdef VMArea *upper
+    if vma.flags & VM_HUGETLB and addr & (HUGE_SIZE - 1):
+        return -EINVAL
+    upper = vma_duplicate(vma, addr, vma.end, vma_index(vma, addr))
     if upper == NULL:
         return -ENOMEM
     vma_resize(vma, vma.start, addr)
@@ -138,6 +141,8 @@ cdef bint anon_inherit(VMArea *to, const VMArea *source) noexcept nogil:
 
 
 cdef void vma_remove(MM *mm, VMArea *vma) noexcept nogil:
+    if vma.flags & VM_RESERVED:
+        huge_unreserve(vma)
     vma_erase(mm, vma)
     vma_free(vma)
 
@@ -213,11 +218,9 @@ cdef VMArea *merge_existing(MM *mm, Proposed *want) noexcept nogil:
 
 
 cdef void vma_set_flags(VMArea *vma, u64 flags) noexcept nogil:
-    if is_data(vma.flags):
-        vma.mm.data_pages -= vma_pages(vma)
-    vma.flags = flags
-    if is_data(flags):
-        vma.mm.data_pages += vma_pages(vma)
+    pages_count(vma.mm, vma.flags, 0 - vma_pages(vma))
+    atomic_store(&vma.flags, flags)         # the reverse map looks at them without the lock
+    pages_count(vma.mm, flags, vma_pages(vma))
 
 
 cdef int vma_modify(MM *mm, VMArea **at, u64 start, u64 end, u64 flags, Chain *chain) noexcept nogil:

@@ -56,6 +56,8 @@ cdef enum:
     VM_ACCOUNT = 0x100000
     VM_NORESERVE = 0x200000
     VM_SYSV_SHM = 0x400000      # an attached shared-memory segment: what shmdt looks for
+    VM_RESERVED = 0x80000       # hugetlb, private: its pages are reserved (see huge.pxd)
+    VM_HUGETLB = 0x1000000
     VM_NONLINEAR = 0x800000     # 2.6.12's remap_file_pages: pages in any order
     VM_WIPEONFORK = 0x2000000
     VM_DONTDUMP = 0x4000000
@@ -124,6 +126,12 @@ cdef struct Memory:
     u64 swap_used
     ReclaimCounts reclaim
     Victims *victims            # NULL: nobody asks
+    Frame *huge                 # huge pages: contents are 2 MiB
+    u64 nhuge
+    u64 huge_pfn                # the frame number of the first; the others' follow
+    u64 huge_free
+    u64 huge_reserved           # of those free
+    u32 *huge_stack             # the free ones
     Table *device               # what was written to device memory: pfn -> PAGE_SIZE bytes; NULL: nothing
     u64 cuts                    # truncations and holes so far
     pthread_mutex_t cutting     # one of them at a time
@@ -152,6 +160,7 @@ cdef struct FileCache:          # a file's page cache and its mappings
     u64 size                    # bytes
     u64 refs                    # Python objects and VMAs
     bint anonymous              # made by MAP_SHARED | MAP_ANONYMOUS
+    bint huge                   # of huge pages: `pages` is indexed like MM.huge
     bint memfd                  # shared memory with a file descriptor: no disk below
     VMArea *mappings
     Memory *mem
@@ -202,6 +211,7 @@ cdef struct MM:
     pthread_mutex_t lock
     u64 hooked                  # live chain cells: nonzero if any chain exists, on it or on a VMA.  All a hook site tests
     Table *root                 # page table
+    Table *huge                 # that of huge pages (see huge.pxd); NULL: never needed
     Memory *mem
     Node *tree                  # the root
     u64 height                  # nodes from the root to a leaf
@@ -214,6 +224,7 @@ cdef struct MM:
     u64 map_count
     u64 total_pages             # mapped, present or not
     u64 data_pages              # private writable
+    u64 locked_pages            # VM_LOCKED
     u64 rss                     # page-table entries that map a counted frame
     u64 swapped                 # swap entries
     u64 start_brk
@@ -222,6 +233,8 @@ cdef struct MM:
     u64 attaches                # shmat() calls so far, here or before the fork
     u64 limit_as                # bytes
     u64 limit_data
+    u64 limit_memlock
+    u64 limit_stack
     Chain *chain
     Chain *cells                # live cells, to intern
     Attached *attached
@@ -229,10 +242,11 @@ cdef struct MM:
     FaultCounts faults
     u64 owner                   # the thread that holds the lock, 0: nobody
     bint nonlinear              # remap_file_pages as in 2.6.12
-    u64 refs                    # its users as one, and who found it by what it maps
+    u64 refs                    # Python objects, and who found it by what it maps
     u64 cut                     # the last of Memory.cuts that was here
     bint dead                   # exited
-    void *face                  # the Python object, borrowed; under the GIL
+    u64 users                   # processes: more than one after vfork
+    void *face                  # the Python object of the first, borrowed; under the GIL
 
 cdef extern from * nogil:
     """

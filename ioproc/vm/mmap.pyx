@@ -5,6 +5,7 @@ from posix.mman cimport MAP_ANONYMOUS, MAP_FIXED, MAP_PRIVATE, MAP_SHARED
 cdef enum:
     MAP_TYPE = 0x0f
     MAP_SHARED_VALIDATE = 0x03
+    MAP_GROWSDOWN = 0x100
     MAP_LOCKED = 0x2000
     MAP_NORESERVE = 0x4000
     MAP_POPULATE = 0x8000
@@ -17,12 +18,6 @@ cdef extern from * nogil:
     #define IOPROC_FILE_LIMIT ((1ULL << 63) - 1)
     """
     const u64 FILE_LIMIT "IOPROC_FILE_LIMIT"        # bytes: the largest offset a file can have
-
-
-cdef bint may_expand(const MM *mm, u64 flags, u64 pages) noexcept nogil:
-    if mm.total_pages + pages > mm.limit_as >> PAGE_SHIFT:
-        return False
-    return not is_data(flags) or mm.data_pages + pages <= mm.limit_data >> PAGE_SHIFT
 
 
 cdef int unmap_prepare(MM *mm, u64 start, u64 end) noexcept nogil:
@@ -74,25 +69,33 @@ cdef int mm_munmap(MM *mm, u64 start, u64 length) noexcept nogil:
     return unmap_range(mm, start, start + page_align(length))
 
 
-cdef void populate(MM *mm, u64 start, u64 end) noexcept nogil:
-    """MAP_POPULATE, MAP_LOCKED: as far as it goes; a failure is not the caller's."""
+cdef int populate(MM *mm, u64 start, u64 end, bint strict) noexcept nogil:
+    """
+    Fault in what is mapped.  `strict` (mlock): up to the first failure, which is -ENOMEM, or -EAGAIN for want of a frame;
+    else (MAP_POPULATE, MAP_LOCKED) as far as it goes, and a failure is not the caller's.
+    """
     cdef VMArea *vma = vma_first_in(mm, start, end)
     cdef FrameBatch batch
     cdef u64 faulted, stopped, first, last
     cdef bint write
+    cdef int why
     while vma != NULL:
         first = vma.start if vma.start > start else start
         last = vma.end if vma.end < end else end
-        if vma.flags & VM_ACCESS:
+        if not vma.flags & VM_PFNMAP:
             write = vma.flags & (VM_WRITE | VM_SHARED) == VM_WRITE
             batch_begin(&batch, mm.mem, (last - first) >> PAGE_SHIFT)
-            touch_range(mm, first, last, write, &batch, &faulted, &stopped)
+            why = touch_any(mm, first, last, write, &batch, &faulted, &stopped)
             batch_end(&batch)
+            if why and strict:
+                return -EAGAIN if why == ACCESS_OOM else -ENOMEM
         vma = vma_next_in(vma, end)
+    return 0
 
 
 cdef i64 address_find(MM *mm, u64 addr, u64 length, bint fixed) noexcept nogil:
     """Where a mapping goes: a hint is taken if it is free, else the highest gap that fits."""
+    cdef const VMArea *above
     cdef u64 found
     if length > TASK_SIZE:
         return -ENOMEM
@@ -104,7 +107,8 @@ cdef i64 address_find(MM *mm, u64 addr, u64 length, bint fixed) noexcept nogil:
     if addr != 0:
         if addr < MMAP_MIN:
             addr = MMAP_MIN
-        if addr <= TASK_SIZE - length and vma_first_in(mm, addr, addr + length) == NULL:
+        above = vma_find(mm, addr)
+        if addr <= TASK_SIZE - length and (above == NULL or addr + length <= vma_start_gap(above)):
             return <i64> addr
     found = gap_find(mm, length, MMAP_BASE)
     return <i64> found if found else -ENOMEM
@@ -126,7 +130,7 @@ cdef i64 map_range(MM *mm, u64 addr, u64 length, u64 flags, FileCache *file, u64
         vma = vma_next_in(vma, end)
     if not may_expand(mm, flags, (length >> PAGE_SHIFT) - replaced):
         return -ENOMEM
-    if flags & (VM_NORESERVE | VM_SHARED | VM_WRITE) == VM_WRITE:
+    if flags & (VM_NORESERVE | VM_SHARED | VM_WRITE | VM_HUGETLB) == VM_WRITE:
         flags |= VM_ACCOUNT
     # a VMA in hand before anything is taken away
     vma = vma_new(mm, addr, end, pgoff, flags, file)
@@ -134,6 +138,11 @@ cdef i64 map_range(MM *mm, u64 addr, u64 length, u64 flags, FileCache *file, u64
         return -ENOMEM
     vma.attach = attach
     unmap_prepared(mm, addr, end)
+    if flags & VM_HUGETLB:
+        error = huge_reserve(vma)           # too late for what was mapped here, as in the kernel
+        if error:
+            vma_free(vma)
+            return error
     want.start = addr
     want.end = end
     want.pgoff = pgoff
@@ -164,12 +173,20 @@ cdef i64 mm_mmap(MM *mm, u64 addr, u64 length, u64 prot, u64 flags, FileCache *f
     cdef bint fixed = flags & (MAP_FIXED | MAP_FIXED_NOREPLACE) != 0
     cdef FileCache *made = NULL
     cdef i64 result
+    cdef int error
     if offset & (PAGE_SIZE - 1):
         return -EINVAL
     if flags & MAP_ANONYMOUS:
+        if flags & MAP_HUGETLB:
+            return mmap_huge_anonymous(mm, addr, length, prot, flags, offset)
         file = NULL
     elif file == NULL:
         return -EBADF
+    elif file.huge:
+        length = huge_align(length)
+        vm_flags |= VM_HUGETLB | VM_DONTEXPAND
+    elif flags & MAP_HUGETLB:
+        return -EINVAL
     if length == 0:
         return -EINVAL
     length = page_align(length)
@@ -177,22 +194,30 @@ cdef i64 mm_mmap(MM *mm, u64 addr, u64 length, u64 prot, u64 flags, FileCache *f
         return -ENOMEM
     if mm.map_count > mm.max_map_count:
         return -ENOMEM
-    if flags & MAP_LOCKED:
+    if flags & MAP_LOCKED and not vm_flags & VM_HUGETLB:
         vm_flags |= VM_LOCKED
     if flags & MAP_NORESERVE:
         vm_flags |= VM_NORESERVE
+    if flags & MAP_GROWSDOWN:
+        vm_flags |= VM_GROWSDOWN
     if flags & MAP_STACK:
         vm_flags |= VM_NOHUGEPAGE
-    result = address_find(mm, addr, length, fixed)
+    result = huge_address(mm, addr, length, fixed) if vm_flags & VM_HUGETLB else address_find(mm, addr, length, fixed)
     if result < 0:
         return result
     addr = <u64> result
     if flags & MAP_FIXED_NOREPLACE and vma_first_in(mm, addr, addr + length) != NULL:
         return -EEXIST
+    if flags & MAP_LOCKED:
+        error = lock_checked(mm, length >> PAGE_SHIFT)
+        if error:
+            return error
     if file != NULL and pgoff > (FILE_LIMIT - length) >> PAGE_SHIFT:
         return -EOVERFLOW
     if type == MAP_SHARED_VALIDATE and file != NULL and flags & MAP_FIXED_NOREPLACE:
         return -EOPNOTSUPP                  # VALIDATE knows only the flags older than itself
+    if flags & MAP_GROWSDOWN and (file != NULL or type != MAP_PRIVATE):
+        return -EINVAL
     if type == MAP_SHARED or (type == MAP_SHARED_VALIDATE and file != NULL):
         vm_flags |= VM_SHARED
         if file == NULL:
@@ -211,7 +236,7 @@ cdef i64 mm_mmap(MM *mm, u64 addr, u64 length, u64 prot, u64 flags, FileCache *f
     if made != NULL:
         file_put(made)
     if result >= 0 and (flags & MAP_LOCKED or flags & (MAP_POPULATE | MAP_NONBLOCK) == MAP_POPULATE):
-        populate(mm, addr, addr + length)
+        populate(mm, addr, addr + length, False)
     return result
 
 
@@ -220,6 +245,7 @@ cdef u64 mm_brk(MM *mm, u64 brk) noexcept nogil:
     cdef u64 old = page_align(mm.brk)
     cdef u64 new = page_align(brk)
     cdef u64 flags = VM_READ | VM_WRITE | VM_MAYACCESS
+    cdef const VMArea *above
     if brk < mm.start_brk or brk > TASK_SIZE:
         return mm.brk
     if brk - mm.start_brk > mm.limit_data:
@@ -229,7 +255,8 @@ cdef u64 mm_brk(MM *mm, u64 brk) noexcept nogil:
             return mm.brk
     elif new > old:
         # a page of room above, as the kernel keeps
-        if vma_first_in(mm, old, new + PAGE_SIZE) != NULL or mm.map_count > mm.max_map_count:
+        above = vma_find(mm, old)
+        if (above != NULL and new + PAGE_SIZE > vma_start_gap(above)) or mm.map_count > mm.max_map_count:
             return mm.brk
         if map_range(mm, old, new - old, flags, NULL, old >> PAGE_SHIFT, 0, True) < 0:
             return mm.brk
@@ -243,6 +270,8 @@ cdef i64 mm_shmat(MM *mm, FileCache *file, u64 addr, bint readonly) noexcept nog
     cdef i64 result
     if not readonly:
         flags |= VM_WRITE | VM_MAYWRITE
+    if file.huge:
+        return -ENOSYS
     if addr & (PAGE_SIZE - 1) or length == 0:
         return -EINVAL
     if addr and (addr > TASK_SIZE - length or vma_first_in(mm, addr, addr + length) != NULL):

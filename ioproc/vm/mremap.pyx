@@ -49,22 +49,33 @@ cdef void vma_vacate(VMArea *vma, bint whole) noexcept nogil:
 cdef i64 move_vma(MM *mm, VMArea *vma, u64 old, u64 old_length, u64 new, u64 new_length, int flags) noexcept nogil:
     """`new` is free.  The entries of [old, old + old_length) move; the old place is unmapped, or not."""
     cdef VMArea *target
+    cdef int error
     cdef u64 moved = old_length if old_length < new_length else new_length
     if mm.map_count + 3 >= mm.max_map_count:
         return -ENOMEM
     # the tables first, so that nothing can fail once something has moved
-    if not move_prepare(mm, old, new, moved):
+    if vma.flags & VM_HUGETLB:
+        error = huge_move_prepare(mm, old, new, moved)
+        if error:
+            return error
+        vma = vma_at(mm, old)
+    elif not move_prepare(mm.root, old, new, moved):
         return -ENOMEM
     target = vma_move_target(mm, vma, old, new, new_length)
     if target == NULL:
-        drop_empty_tables(mm, new, moved)
+        drop_empty_tables(mm.root, new, moved)
+        if mm.huge != NULL:
+            drop_empty_tables(mm.huge, new >> 9, moved >> 9)
         return -ENOMEM
     if moved == 0:                          # a shared mapping duplicated
         return <i64> new
     vma = vma_at(mm, old)                   # may have merged with the target
     fire_range(mm, INVALIDATE_RANGE, vma, old, old + moved)
     fire_range(mm, INVALIDATE_RANGE, target, new, new + moved)
-    move_range(mm, old, new, moved)
+    if vma.flags & VM_HUGETLB:
+        huge_move(mm, vma, old, new, moved)
+    else:
+        move_range(mm.root, old, new, moved)
     if flags & MREMAP_DONTUNMAP:
         vma_vacate(vma, vma != target and vma.start == old and vma.end == old + old_length)
     else:
@@ -89,9 +100,25 @@ cdef i64 mremap_check_resize(MM *mm, VMArea *vma, u64 addr, u64 old_length, u64 
         return -EINVAL
     if vma.flags & (VM_DONTEXPAND | VM_PFNMAP):
         return -EFAULT
+    if vma.flags & VM_LOCKED and not may_lock(mm, (new_length - old_length) >> PAGE_SHIFT):
+        return -EAGAIN
     if not may_expand(mm, vma.flags, (new_length - old_length) >> PAGE_SHIFT):
         return -ENOMEM
     return 0
+
+
+cdef i64 mremap_check_kind(VMArea *vma, u64 addr, u64 *old_length, u64 *new_length, u64 new, int flags) noexcept nogil:
+    """Huge pages move whole, and never become more; what may not be mapped twice has no DONTUNMAP."""
+    if vma == NULL:
+        return 0
+    if vma.flags & VM_HUGETLB:
+        if addr & (HUGE_SIZE - 1) or (flags & (MREMAP_FIXED | MREMAP_DONTUNMAP) and new & (HUGE_SIZE - 1)):
+            return -EINVAL
+        old_length[0] = huge_align(old_length[0])
+        new_length[0] = huge_align(new_length[0])
+        if new_length[0] > old_length[0]:
+            return -EINVAL
+    return -EINVAL if flags & MREMAP_DONTUNMAP and vma.flags & VM_SPECIAL else 0
 
 
 cdef i64 mremap_to(MM *mm, u64 addr, u64 old_length, u64 new_length, u64 new, int flags) noexcept nogil:
@@ -125,7 +152,7 @@ cdef i64 mremap_move_all(MM *mm, u64 addr, u64 length, u64 new, int flags) noexc
     """
     cdef u64 end = addr + length
     cdef u64 at = addr
-    cdef u64 stop
+    cdef u64 stop, part
     cdef i64 result
     cdef VMArea *vma = vma_at(mm, addr)
     if vma == NULL:
@@ -136,10 +163,13 @@ cdef i64 mremap_move_all(MM *mm, u64 addr, u64 length, u64 new, int flags) noexc
         stop = vma.end if vma.end < end else end
         if vma.flags & VM_SYSV_SHM and (at > addr or vma.end < end):
             return -EFAULT
-        result = mremap_to(mm, at, stop - at, stop - at, new + (at - addr), flags)
+        part = stop - at
+        result = mremap_check_kind(vma, at, &part, &part, new + (at - addr), flags)
+        if result == 0:
+            result = mremap_to(mm, at, part, part, new + (at - addr), flags)
         if result < 0:
             return result
-        at = stop
+        at += part
         vma = vma_first_in(mm, at, end) if at < end else NULL
     return <i64> new
 
@@ -173,7 +203,7 @@ cdef i64 mm_mremap(MM *mm, u64 addr, u64 old_length, u64 new_length, int flags, 
     if result >= 0 and new_length > old_length:
         vma = vma_at(mm, <u64> result)
         if vma.flags & VM_LOCKED:
-            populate(mm, <u64> result + old_length, <u64> result + new_length)
+            populate(mm, <u64> result + old_length, <u64> result + new_length, False)
     return result
 
 
@@ -202,7 +232,9 @@ cdef i64 mremap_unlocked(MM *mm, u64 addr, u64 old_length, u64 new_length, int f
         if old_length == new_length and flags & MREMAP_FIXED:
             return mremap_move_all(mm, addr, old_length, new, flags)
     vma = vma_at(mm, addr)
-    error = mremap_check_resize(mm, vma, addr, old_length, new_length, placed)
+    error = mremap_check_kind(vma, addr, &old_length, &new_length, new, flags)
+    if error == 0:
+        error = mremap_check_resize(mm, vma, addr, old_length, new_length, placed)
     if error:
         return error
     if placed:

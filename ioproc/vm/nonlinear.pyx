@@ -6,8 +6,9 @@ cdef int mm_remap_file_pages(MM *mm, u64 start, u64 length, u64 pgoff) noexcept 
     cdef u64 end = (start & PAGE_MASK) + (length & PAGE_MASK)
     cdef VMArea *vma
     cdef VMArea *last
-    cdef u64 kept = VM_ACCESS | VM_MAYACCESS | VM_SHARED | VM_LOCKED | VM_SYSV_SHM
+    cdef u64 kept = VM_ACCESS | VM_MAYACCESS | VM_SHARED | VM_LOCKED | VM_SYSV_SHM | VM_HUGETLB | VM_DONTEXPAND
     cdef i64 result
+    cdef int error
     start &= PAGE_MASK
     length &= PAGE_MASK
     if end <= start or pgoff + (length >> PAGE_SHIFT) < pgoff:
@@ -27,27 +28,40 @@ cdef int mm_remap_file_pages(MM *mm, u64 start, u64 length, u64 pgoff) noexcept 
             return -EINVAL
     if mm.map_count > mm.max_map_count:
         return -ENOMEM
+    if vma.flags & VM_HUGETLB and (start | length) & (HUGE_SIZE - 1):
+        return -EINVAL
+    if vma.flags & VM_LOCKED:
+        error = lock_checked(mm, length >> PAGE_SHIFT)
+        if error:
+            return error
     if pgoff > (FILE_LIMIT - length) >> PAGE_SHIFT:
         return -EOVERFLOW
     result = map_range(mm, start, length, vma.flags & kept, vma.file, pgoff, vma.attach, False)
     if result < 0:
         return <int> result
-    populate(mm, start, end)
+    populate(mm, start, end, False)
     return 0
 
 
 cdef int remap_nonlinear(MM *mm, VMArea *vma, u64 start, u64 end, u64 pgoff) noexcept nogil:
     cdef FrameBatch batch
+    cdef int tries = RECLAIM_TRIES
     cdef int result = 0
-    if end > vma.end:
+    if end > vma.end or vma.flags & VM_HUGETLB:
         return -EINVAL
     if pgoff != vma_index(vma, start):
+        pthread_mutex_lock(&mm.mem.lock)    # the reverse map counts its candidates first
         vma_set_flags(vma, vma.flags | VM_NONLINEAR)
+        pthread_mutex_unlock(&mm.mem.lock)
     if pgoff + ((end - start) >> PAGE_SHIFT) > page_align(vma.file.size) >> PAGE_SHIFT:
         return -EINVAL
     batch_begin(&batch, mm.mem, 0)
     while start < end and result == 0:
         result = install_page(mm, vma, start, pgoff, &batch)
+        if result and tries and reclaim_some(mm.mem):
+            tries -= 1
+            result = 0
+            continue
         start += PAGE_SIZE
         pgoff += 1
     batch_end(&batch)
@@ -83,9 +97,9 @@ cdef int install_page(MM *mm, VMArea *vma, u64 addr, u64 index, FrameBatch *batc
     return 0
 
 
-cdef void zap_nonlinear(MM *mm, VMArea *vma, u64 start, u64 end, u64 first, FrameBatch *batch) noexcept nogil:
+cdef void zap_nonlinear(MM *mm, VMArea *vma, u64 start, u64 end, u64 first, u64 last, FrameBatch *batch) noexcept nogil:
     """
-    Unmap the pages of a VM_NONLINEAR `vma` in [start, end) that show the file from page `first` on; entries remember what
+    Unmap the pages of a VM_NONLINEAR `vma` in [start, end) that show pages [first, last) of the file; entries remember what
     they show.
     """
     cdef u64 addr = start
@@ -101,7 +115,7 @@ cdef void zap_nonlinear(MM *mm, VMArea *vma, u64 start, u64 end, u64 first, Fram
             pte = leaf.entry[i]
             if pte & PTE_PRESENT:
                 index = frame_at(mm.mem, pte_pfn(pte)).index
-                if index >= first:
+                if first <= index < last:
                     leaf.entry[i] = 0
                     if index != vma_index(vma, addr):
                         leaf.entry[i] = pte_make(index, PTE_SPECIAL)

@@ -1,5 +1,5 @@
 # mprotect, madvise and msync.
-from libc.errno cimport EACCES, EAGAIN, EBUSY
+from libc.errno cimport EACCES, EBUSY, ENODEV
 
 cdef enum:
     PROT_SEM = 0x8
@@ -23,11 +23,13 @@ cdef int mm_mprotect(MM *mm, u64 start, u64 length, u64 prot) noexcept nogil:
         return -ENOMEM
     if prot & ~<u64> (VM_ACCESS | PROT_SEM):
         return -EINVAL
-    if grows:                               # the model has no VMA that grows: what is there is the wrong kind
+    if grows:                               # from the start of the stack; none grows up
         vma = vma_first_in(mm, start, end)
         if vma == NULL or (grows == PROT_GROWSUP and vma.start > start):
             return -ENOMEM
-        return -EINVAL
+        if grows == PROT_GROWSUP or not vma.flags & VM_GROWSDOWN:
+            return -EINVAL
+        start = vma.start
     while start < end:
         vma = vma_at(mm, start)
         if vma == NULL:
@@ -51,7 +53,7 @@ cdef int vma_protect(MM *mm, VMArea *vma, u64 start, u64 end, u64 flags) noexcep
     if flags & VM_WRITE:
         if not may_expand(mm, flags, pages) and may_expand(mm, vma.flags, pages):
             return -ENOMEM
-        if not vma.flags & (VM_ACCOUNT | VM_WRITE | VM_SHARED | VM_NORESERVE):
+        if not vma.flags & (VM_ACCOUNT | VM_WRITE | VM_SHARED | VM_NORESERVE | VM_HUGETLB):
             flags |= VM_ACCOUNT
     elif vma.flags & VM_ACCOUNT and vma_is_anonymous(vma) and vma.anon == NULL:
         flags &= ~<u64> VM_ACCOUNT
@@ -59,9 +61,12 @@ cdef int vma_protect(MM *mm, VMArea *vma, u64 start, u64 end, u64 flags) noexcep
     if error:
         return error
     fire_protection(mm, vma, start, end, <u32> (flags & VM_ACCESS))
-    protect_range(mm, vma, start, end)
+    if vma.flags & VM_HUGETLB:
+        protect_huge_range(mm, vma, start, end)
+    else:
+        protect_range(mm, vma, start, end)
     if flags & VM_WRITE and old & (VM_WRITE | VM_SHARED | VM_LOCKED) == VM_LOCKED:
-        populate(mm, start, end)            # locked memory takes its write faults now
+        populate(mm, start, end, False)            # locked memory takes its write faults now
     return 0
 
 
@@ -81,7 +86,9 @@ cdef enum Advice:
     MADV_DODUMP = 17
     MADV_WIPEONFORK = 18
     MADV_KEEPONFORK = 19
-    MADV_POPULATE_READ = 22
+    MADV_COLD = 20
+    MADV_PAGEOUT
+    MADV_POPULATE_READ
     MADV_POPULATE_WRITE = 23
     MADV_DONTNEED_LOCKED = 24
 
@@ -118,7 +125,7 @@ cdef int advice_known(int advice) noexcept nogil:
         return -EINVAL
     if MADV_NORMAL <= advice <= MADV_DONTNEED or MADV_HUGEPAGE <= advice <= MADV_KEEPONFORK:
         return 0
-    if MADV_FREE <= advice <= MADV_DOFORK or MADV_POPULATE_READ <= advice <= MADV_DONTNEED_LOCKED:
+    if MADV_FREE <= advice <= MADV_DOFORK or MADV_COLD <= advice <= MADV_DONTNEED_LOCKED:
         return 0
     if 8 <= advice <= 25 or 100 <= advice <= 103:
         return -ENOSYS
@@ -135,11 +142,11 @@ cdef int populate_advised(MM *mm, u64 start, u64 end, bint write) noexcept nogil
         vma = vma_at(mm, start)
         if vma == NULL:
             return -ENOMEM
-        if not vma.flags & (VM_WRITE if write else VM_READ):
+        if not vma.flags & (VM_WRITE if write else VM_READ) or vma.flags & VM_PFNMAP:
             return -EINVAL
         stop = vma.end if vma.end < end else end
         batch_begin(&batch, mm.mem, (stop - start) >> PAGE_SHIFT)
-        why = touch_range(mm, start, stop, write, &batch, &faulted, &stopped)
+        why = touch_any(mm, start, stop, write, &batch, &faulted, &stopped)
         batch_end(&batch)
         if why:
             return -EFAULT if why == ACCESS_BUS else -ENOMEM
@@ -158,6 +165,31 @@ cdef void remove_advised(MM *mm, VMArea *vma, u64 start, u64 end) noexcept nogil
     mm_lock(mm)
     thread_set_inside(mm)
     file_put(file)
+
+
+cdef void pages_unused(MM *mm, u64 start, u64 end, bint out) noexcept nogil:
+    """MADV_COLD, MADV_PAGEOUT: the pages of the range that nobody else maps are old, or go `out` at once."""
+    cdef Memory *mem = mm.mem
+    cdef u64 addr = start
+    cdef u64 stop
+    cdef u64 *pte
+    cdef Table *leaf
+    cdef Scan scan
+    scan_begin(&scan, mem)
+    while True:
+        leaf = leaf_next(mm.root, &addr, end, &stop)        # anew for each page: the last one's table may be gone
+        if leaf == NULL:
+            break
+        pte = &leaf.entry[table_index(addr, 0)]
+        if pte[0] and not pte[0] & PTE_UNCOUNTED and mapcount_of(atomic_load(&frame_at(mem, pte_pfn(pte[0])).counts)) == 1:
+            if out:
+                pthread_mutex_lock(&mem.lock)
+                reclaim_frame(&scan, pte_pfn(pte[0]), True)
+                pthread_mutex_unlock(&mem.lock)
+            else:
+                pte[0] &= ~<u64> PTE_YOUNG
+        addr += PAGE_SIZE
+    scan_end(&scan)
 
 
 cdef int mm_madvise(MM *mm, u64 start, u64 length, int advice) noexcept nogil:
@@ -185,13 +217,20 @@ cdef int mm_madvise(MM *mm, u64 start, u64 length, int advice) noexcept nogil:
         if advice == MADV_DONTNEED or advice == MADV_DONTNEED_LOCKED:
             if vma.flags & VM_PFNMAP or (vma.flags & VM_LOCKED and advice == MADV_DONTNEED):
                 return -EINVAL
+            if vma.flags & VM_HUGETLB:
+                if start & (HUGE_SIZE - 1):
+                    return -EINVAL
+                stop &= HUGE_MASK           # part of a page is not forgotten
+                if start == stop:
+                    return result
             fire_range(mm, INVALIDATE_RANGE, vma, start, stop)
             batch_begin(&batch, mm.mem, 0)
             if vma.flags & VM_NONLINEAR:
-                zap_nonlinear(mm, vma, start, stop, 0, &batch)
+                zap_nonlinear(mm, vma, start, stop, 0, UINT64_MAX, &batch)
             else:
                 zap_range(mm, start, stop, &batch)
             batch_end(&batch)
+            stop = vma.end if vma.end < end else end
         elif advice == MADV_FREE:
             if vma.flags & VM_LOCKED or not vma_is_anonymous(vma):
                 return -EINVAL
@@ -199,15 +238,21 @@ cdef int mm_madvise(MM *mm, u64 start, u64 length, int advice) noexcept nogil:
             batch_begin(&batch, mm.mem, 0)
             free_range(mm, start, stop, &batch)
             batch_end(&batch)
-        elif advice == MADV_REMOVE:
-            if vma.flags & VM_LOCKED or vma_is_anonymous(vma):
+        elif advice == MADV_COLD or advice == MADV_PAGEOUT:
+            if vma.flags & (VM_LOCKED | VM_PFNMAP):
                 return -EINVAL
+            pages_unused(mm, start, stop, advice == MADV_PAGEOUT)
+        elif advice == MADV_REMOVE:
+            if vma.flags & (VM_LOCKED | VM_NONLINEAR) or vma_is_anonymous(vma):
+                return -EINVAL
+            if vma.flags & VM_PFNMAP:
+                return -ENODEV
             if vma.flags & (VM_SHARED | VM_MAYWRITE) != VM_SHARED | VM_MAYWRITE:
                 return -EACCES
             remove_advised(mm, vma, start, stop)
         elif advice == MADV_WIPEONFORK and not vma_is_anonymous(vma):
             return -EINVAL
-        elif vma.flags & VM_SPECIAL and (advice == MADV_DOFORK or advice == MADV_DODUMP):
+        elif vma.flags & VM_PFNMAP and (advice == MADV_DOFORK or advice == MADV_DODUMP):
             return -EINVAL
         elif advised_flags(vma.flags, advice) != vma.flags:
             error = vma_modify(mm, &vma, start, stop, advised_flags(vma.flags, advice), vma.chain)

@@ -8,10 +8,11 @@ from libc.stdlib cimport free, malloc, realloc
 from ioproc.hooks.chain cimport INVALIDATE_PAGE, unlikely
 from ioproc.vm.fire cimport fire_page
 from ioproc.vm.frames cimport ONE_REFERENCE, mapcount_of, pool_give, references_of
+from ioproc.vm.huge cimport huge_entry
 from ioproc.vm.mm cimport (
     HOOKED, MM, OWNER_ANON, OWNER_BITS, OWNER_DIRTY, PAGE_SHIFT, PTE_DIRTY, PTE_EXCLUSIVE, PTE_UNCOUNTED, PTE_YOUNG,
-    VM_LOCKED, AnonLink, AnonVMA, FileCache, Frame, Memory, Table, Victims, VMArea, atomic_load, atomic_or, atomic_store,
-    atomic_sub, mm_is_mine, mm_trylock, mm_unlock, pthread_mutex_lock, pthread_mutex_unlock, vma_index)
+    VM_HUGETLB, VM_LOCKED, AnonLink, AnonVMA, FileCache, Frame, Memory, Table, Victims, VMArea, atomic_load, atomic_or,
+    atomic_store, atomic_sub, mm_is_mine, mm_trylock, mm_unlock, pthread_mutex_lock, pthread_mutex_unlock, vma_index)
 from ioproc.vm.page_table cimport leaf_drop, leaf_find, pte_find, table_index
 from ioproc.vm.swap cimport CACHE_DISK, CACHE_SLOT, slot_give, slot_take, swap_pte
 
@@ -115,7 +116,7 @@ cdef inline void scan_unlock(Scan *scan) noexcept nogil:
 
 
 cdef inline bint scan_vma(Scan *scan, VMArea *vma, u64 index, u64 pfn) noexcept nogil:
-    """Where `vma` maps the frame, if it does.  False: leave the frame alone."""
+    """Where `vma` maps the frame, if that can be told without waiting, and it does.  False: it is locked memory."""
     cdef MM *mm = vma.mm
     cdef u64 addr
     cdef u64 *pte
@@ -123,11 +124,11 @@ cdef inline bint scan_vma(Scan *scan, VMArea *vma, u64 index, u64 pfn) noexcept 
         return True
     if not mm_is_mine(mm):
         if not mm_trylock(mm):
-            return False
+            return True
         scan.locked[scan.nlocked] = mm
         scan.nlocked += 1
     addr = vma.start + ((index - vma.pgoff) << PAGE_SHIFT)
-    pte = pte_find(mm.root, addr)
+    pte = huge_entry(mm.huge, addr) if vma.flags & VM_HUGETLB else pte_find(mm.root, addr)
     if pte == NULL or pte[0] >> PAGE_SHIFT != pfn or pte[0] & PTE_UNCOUNTED:
         return True
     if vma.flags & VM_LOCKED:
@@ -145,13 +146,14 @@ cdef inline bint scan_frame(Scan *scan, const Frame *frame, u64 owner, u64 pfn) 
     cdef AnonLink *link
     cdef VMArea *vma
     cdef u64 count = 0
-    if mapcount_of(atomic_load(&frame.counts)) == 0:        # an anonymous one is being freed at this moment
+    cdef u64 mapped = mapcount_of(atomic_load(&frame.counts))
+    if mapped == 0:                         # an anonymous one is being freed at this moment
         return owner & ~<u64> OWNER_BITS != 0 and not owner & OWNER_ANON
     if owner & OWNER_ANON:
         link = (<AnonVMA *> (owner & ~<u64> OWNER_BITS)).links
         if not scan_reserve(scan, (<AnonVMA *> (owner & ~<u64> OWNER_BITS)).nlinks):
             return False
-        while link != NULL:
+        while link != NULL and scan.nspots < mapped:
             if not scan_vma(scan, link.vma, index, pfn):
                 return False
             link = link.above
@@ -163,7 +165,7 @@ cdef inline bint scan_frame(Scan *scan, const Frame *frame, u64 owner, u64 pfn) 
         if not scan_reserve(scan, count):
             return False
         vma = (<FileCache *> (owner & ~<u64> OWNER_BITS)).mappings
-        while vma != NULL:
+        while vma != NULL and scan.nspots < mapped:
             if not scan_vma(scan, vma, index, pfn):
                 return False
             vma = vma.file_above

@@ -4,12 +4,11 @@
 # An entry of a node knows where its last VMA ends and the largest gap below one of its VMAs, so a search reads nodes only,
 # whose keys lie side by side: of a million VMAs one leaf is out of the cache, and then the VMA itself.
 from libc.stdint cimport UINT64_MAX, int64_t as i64, uint64_t as u64
-from libc.stdlib cimport free
+from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memmove
-from posix.stdlib cimport posix_memalign
 from ioproc.hooks.chain cimport likely, unlikely
 from ioproc.vm.mm cimport (
-    MM, MMAP_MIN, NODE_ENTRIES, PAGE_SHIFT, VM_GROWSDOWN, VM_SHARED, VM_WRITE, Entry, Node, VMArea, check,
+    MM, MMAP_MIN, NODE_ENTRIES, PAGE_SHIFT, VM_GROWSDOWN, VM_LOCKED, VM_SHARED, VM_WRITE, Entry, Node, VMArea, check,
     pthread_mutex_lock, pthread_mutex_unlock)
 
 cdef enum:
@@ -76,7 +75,28 @@ cdef inline bint vma_is_anonymous(const VMArea *vma) noexcept nogil:
 
 cdef inline bint is_data(u64 flags) noexcept nogil:
     """Counts against RLIMIT_DATA."""
-    return flags & (VM_WRITE | VM_SHARED) == VM_WRITE
+    return flags & (VM_WRITE | VM_SHARED | VM_GROWSDOWN) == VM_WRITE
+
+
+cdef inline bint may_expand(const MM *mm, u64 flags, u64 pages) noexcept nogil:
+    """RLIMIT_AS and RLIMIT_DATA allow so many more."""
+    if mm.total_pages + pages > mm.limit_as >> PAGE_SHIFT:
+        return False
+    return not is_data(flags) or mm.data_pages + pages <= mm.limit_data >> PAGE_SHIFT
+
+
+cdef inline bint may_lock(const MM *mm, u64 pages) noexcept nogil:
+    """RLIMIT_MEMLOCK allows so many more."""
+    return mm.limit_memlock == UINT64_MAX or mm.locked_pages + pages <= mm.limit_memlock >> PAGE_SHIFT
+
+
+cdef inline void pages_count(MM *mm, u64 flags, u64 pages) noexcept nogil:
+    """So many more, which may be negative, in VMAs with these flags."""
+    mm.total_pages += pages
+    if is_data(flags):
+        mm.data_pages += pages
+    if flags & VM_LOCKED:
+        mm.locked_pages += pages
 
 
 cdef inline u64 vma_start_gap(const VMArea *vma) noexcept nogil:
@@ -97,12 +117,10 @@ cdef inline u64 vma_gap(const VMArea *vma) noexcept nogil:
 
 cdef inline Node *node_new() noexcept nogil:
     """Empty; NULL: no memory."""
-    cdef void *memory
-    cdef Node *node
+    cdef Node *node = <Node *> malloc(sizeof(Node))
     cdef int i
-    if posix_memalign(&memory, 64, sizeof(Node)) != 0:
+    if node == NULL:
         return NULL
-    node = <Node *> memory
     for i in range(NODE_ENTRIES + 1):
         node.entry[i].end = UINT64_MAX
         node.entry[i].child = NULL
@@ -366,9 +384,7 @@ cdef inline void vma_resize(VMArea *vma, u64 start, u64 end) noexcept nogil:
     vma.end = end
     if listed:
         pthread_mutex_unlock(&mm.mem.lock)
-    mm.total_pages += vma_pages(vma) - pages
-    if is_data(vma.flags):
-        mm.data_pages += vma_pages(vma) - pages
+    pages_count(mm, vma.flags, vma_pages(vma) - pages)
     path.node[0].entry[path.slot[0]].end = end
     path.node[0].gap[path.slot[0]] = vma_gap(vma)
     vma_set_next_gap(mm, &path, vma.next)
@@ -396,9 +412,7 @@ cdef inline void vma_insert(MM *mm, VMArea *vma) noexcept nogil:
         mm.last = vma
     tree_insert(mm, &path, vma.end, vma, vma_gap(vma))
     mm.map_count += 1
-    mm.total_pages += vma_pages(vma)
-    if is_data(vma.flags):
-        mm.data_pages += vma_pages(vma)
+    pages_count(mm, vma.flags, vma_pages(vma))
 
 
 cdef inline void vma_erase(MM *mm, VMArea *vma) noexcept nogil:
@@ -419,9 +433,7 @@ cdef inline void vma_erase(MM *mm, VMArea *vma) noexcept nogil:
     if mm.cached == vma:
         mm.cached = NULL
     mm.map_count -= 1
-    mm.total_pages -= vma_pages(vma)
-    if is_data(vma.flags):
-        mm.data_pages -= vma_pages(vma)
+    pages_count(mm, vma.flags, 0 - vma_pages(vma))
 
 
 cdef inline VMArea *vma_gap_before(MM *mm, const VMArea *vma, u64 length) noexcept nogil:

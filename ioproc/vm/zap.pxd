@@ -2,9 +2,10 @@
 from libc.stdint cimport uint64_t as u64
 from ioproc.hooks.chain cimport likely, unlikely
 from ioproc.vm.frames cimport FrameBatch, frame_at, frame_keep_dirty, frame_unmap, mapcount_of
+from ioproc.vm.huge cimport zap_huge_range
 from ioproc.vm.mm cimport (
-    MM, OWNER_ANON, OWNER_DIRTY, PAGE_SIZE, PTE_DIRTY, PTE_EXCLUSIVE, PTE_PRESENT, PTE_SWAP, PTE_UNCOUNTED, PTE_USER, PTE_WRITE, PTE_YOUNG,
-    VM_ACCESS, VM_SHARED, VM_WRITE, Frame, Memory, Table, VMArea, atomic_load, atomic_store)
+    MM, OWNER_ANON, OWNER_DIRTY, PAGE_SIZE, PTE_DIRTY, PTE_EXCLUSIVE, PTE_PRESENT, PTE_SWAP, PTE_UNCOUNTED, PTE_USER,
+    PTE_WRITE, PTE_YOUNG, VM_ACCESS, VM_SHARED, VM_WRITE, Frame, Memory, Table, VMArea, atomic_load, atomic_store)
 from ioproc.vm.page_table cimport leaf_drop, leaf_find, leaf_make, leaf_next, pte_set, table_index
 from ioproc.vm.swap cimport swap_entry_dropped
 
@@ -14,6 +15,8 @@ cdef inline void zap_range(MM *mm, u64 start, u64 end, FrameBatch *batch) noexce
     cdef u64 addr = start
     cdef u64 begin, stop, pte, i, cleared, frames, swapped
     cdef Table *leaf
+    if unlikely(mm.huge != NULL):
+        zap_huge_range(mm, start, end)
     while True:
         leaf = leaf_next(mm.root, &addr, end, &stop)
         if leaf == NULL:
@@ -90,53 +93,53 @@ cdef inline void protect_range(MM *mm, VMArea *vma, u64 start, u64 end) noexcept
         addr = stop
 
 
-cdef inline void drop_empty_tables(MM *mm, u64 start, u64 length) noexcept nogil:
+cdef inline void drop_empty_tables(Table *root, u64 start, u64 length) noexcept nogil:
     """What a move left empty, where it came from or where it went."""
     cdef u64 addr = start
     cdef u64 stop
     cdef Table *leaf
     while True:
-        leaf = leaf_next(mm.root, &addr, start + length, &stop)
+        leaf = leaf_next(root, &addr, start + length, &stop)
         if leaf == NULL:
             return
         if leaf.used == 0:
-            leaf_drop(mm.root, addr)
+            leaf_drop(root, addr)
         addr = stop
 
 
-cdef inline bint move_prepare(MM *mm, u64 old, u64 new, u64 length) noexcept nogil:
+cdef inline bint move_prepare(Table *root, u64 old, u64 new, u64 length) noexcept nogil:
     """Make the tables that `move_range` needs.  False: no memory, nothing changed."""
     cdef u64 addr = old
     cdef u64 stop
-    while leaf_next(mm.root, &addr, old + length, &stop) != NULL:
+    while leaf_next(root, &addr, old + length, &stop) != NULL:
         # a source table straddles two at most
-        if leaf_make(mm.root, addr - old + new) == NULL or leaf_make(mm.root, stop - PAGE_SIZE - old + new) == NULL:
-            drop_empty_tables(mm, new, length)
+        if leaf_make(root, addr - old + new) == NULL or leaf_make(root, stop - PAGE_SIZE - old + new) == NULL:
+            drop_empty_tables(root, new, length)
             return False
         addr = stop
     return True
 
 
-cdef inline void move_range(MM *mm, u64 old, u64 new, u64 length) noexcept nogil:
+cdef inline void move_range(Table *root, u64 old, u64 new, u64 length) noexcept nogil:
     """Move the entries of [old, old + length) to the empty range at `new`, whose tables `move_prepare` made."""
     cdef u64 addr = old
     cdef u64 stop, i, to
     cdef Table *leaf
     while True:
-        leaf = leaf_next(mm.root, &addr, old + length, &stop)
+        leaf = leaf_next(root, &addr, old + length, &stop)
         if leaf == NULL:
             break
         while addr < stop:
             i = table_index(addr, 0)
             if leaf.entry[i]:
                 to = addr - old + new
-                pte_set(leaf_find(mm.root, to), table_index(to, 0), leaf.entry[i])
+                pte_set(leaf_find(root, to), table_index(to, 0), leaf.entry[i])
                 leaf.entry[i] = 0
                 leaf.used -= 1
             addr += PAGE_SIZE
     # not before: a table empty as a source may be the target of what comes later
-    drop_empty_tables(mm, old, length)
-    drop_empty_tables(mm, new, length)
+    drop_empty_tables(root, old, length)
+    drop_empty_tables(root, new, length)
 
 
 cdef inline bint frame_unwanted(Memory *mem, u64 pfn) noexcept nogil:
