@@ -324,6 +324,9 @@ class MM(VmaList, HugeMappings):
         doomed = self._isolate(new.start, new.end)
         if not self._may_expand(new.flags, new.pages - sum(vma.pages for vma in doomed)):
             fail(errno.ENOMEM)      # what was split stays split
+        for vma in doomed:
+            if vma.huge:
+                self.mem.hold(vma.file)
         if doomed:
             self._unmap_isolated(doomed, new.start, new.end)
         if new.huge:
@@ -571,6 +574,8 @@ class MM(VmaList, HugeMappings):
                 self._fault(page, write)
             except AccessError:
                 fail(errno.EFAULT)
+            except MemoryError:
+                fail(errno.ENOMEM)
 
     # --- locked memory
 
@@ -594,6 +599,8 @@ class MM(VmaList, HugeMappings):
             self._populate(start, start + length, strict=True)
         except AccessError:
             fail(errno.ENOMEM)
+        except MemoryError:
+            fail(errno.EAGAIN)
 
     def munlock(self, addr, length):
         self._mark_locked(addr // PAGE * PAGE, align(length + addr % PAGE), 0)

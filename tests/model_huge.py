@@ -23,12 +23,21 @@ class HugePool:
         self.huge_base = (self.frames + 512) // 512 * 512       # page frame numbers go on above the ordinary ones
         self.huge_free = [self.huge_base + 512 * i for i in reversed(range(pages))]
         self.huge_used = {}         # pfn -> Frame
-        self.huge_files = []
+        self.huge_files, self.held = [], []
+
+    def hold(self, file):
+        """Until the operation ends: the pages it has, and has reserved, cannot be had before."""
+        file.vmas.append(None)
+        self.held.append(file)
+
+    def let_go(self):
+        while self.held:
+            self.held.pop().unmapped(None)
 
     @property
     def huge_reserved(self):
         """Free pages that belong to somebody already."""
-        owners = [vma for file in self.huge_files for vma in file.vmas if vma.owner]
+        owners = [vma for file in self.huge_files for vma in file.vmas if vma and vma.owner]
         return sum(len(file.reserved) for file in self.huge_files) + sum(
             vma.mm.has_reserved(vma, at) for vma in owners for at in range(vma.start, vma.end, HUGE))
 

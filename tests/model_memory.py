@@ -69,6 +69,8 @@ def operation(method):
         except Exception:
             if not mem.raised:
                 raise
+        finally:
+            mem.let_go()
         if mem.raised:
             first, *others = mem.raised
             for other in others:

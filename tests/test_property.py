@@ -15,19 +15,25 @@ from sequences import PAGE, Run, failure
 EXAMPLES = int(os.environ.get("IOPROC_EXAMPLES", 400))
 SEED = int(os.environ.get("IOPROC_SEED", random.randrange(2**32)))
 
-CASES = {       # share of the examples, and the limits of the machine
-    "plain": (0.5, {}),
-    "few frames": (0.2, {"frames": 14}),
-    "few VMAs": (0.1, {"max_map_count": 9}),
-    "very few VMAs": (0.1, {"max_map_count": 4}),       # too few for most mremap calls
-    "rlimits": (0.1, {"rlimits": {"AS": 20 * PAGE, "DATA": 12 * PAGE}}),
+USE = ["read", "write", "touch"]
+CASES = {       # share of the examples, the limits of the machine, and which steps come more often
+    "plain": (0.25, {}, []),
+    "few frames": (0.1, {"frames": 14}, []),
+    "few frames, swap": (0.15, {"frames": 10, "swap_slots": 200}, USE),
+    "few frames, few slots": (0.1, {"frames": 8, "swap_slots": 4}, USE),
+    "files under pressure": (0.1, {"frames": 6, "swap_slots": 12}, [*USE, "map_file", "write_file", "truncate", "punch_hole"]),
+    "forks and swap": (0.1, {"frames": 12, "swap_slots": 60}, [*USE, "fork", "exit", "reclaim"]),
+    "few VMAs": (0.05, {"max_map_count": 9}, []),
+    "very few VMAs": (0.05, {"max_map_count": 4}, []),      # too few for most mremap calls
+    "rlimits": (0.05, {"rlimits": {"AS": 20 * PAGE, "DATA": 12 * PAGE, "MEMLOCK": 6 * PAGE, "STACK": 5 * PAGE}}, []),
+    "2.6.12's mappings": (0.05, {"nonlinear": True}, ["map_file", "remap_file_pages", *USE]),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_random_programs(case):
-    share, limits = CASES[case]
-    found = failure((model, ioproc), limits, max(1, int(EXAMPLES * share)), SEED)
+    share, limits, often = CASES[case]
+    found = failure((model, ioproc), limits, max(1, int(EXAMPLES * share)), SEED, often)
     if found:
         pytest.fail(f"IOPROC_{found.replace('seed ', 'SEED=', 1)}", pytrace=False)
 

@@ -239,6 +239,24 @@ def test_a_fault_the_kernel_did_not_wait_for_is_left_out(text):
     assert trace.events["t"][-1] == 12_000_000_000 - 10_000_000_001
 
 
+@pytest.mark.parametrize(("second", "ids", "code", "address", "counted"), [
+    ("12.000050000", "1/2", 6, 0x7f1000000000, "races"),            # both found it absent
+    ("12.000050000", "1/1", 6, 0x7f1000000000, "repeated"),         # taken away by what no call tells
+    ("13.000000000", "1/2", 4, 0x7f1000000000, "repeated"),
+    ("13.000000000", "1/1", 4, 0x7e1000000000, "unmapped"),
+    ("13.000000000", "1/1", 7, 0x555555554000, "not_accessible"),   # a handler of SIGSEGV
+])
+def test_what_the_history_does_not_explain_is_counted_and_kept(text, second, ids, code, address, counted):
+    trace = import_recording(tracepoints=text(
+        START + call(11, "mmap", [0, 4096, 3, 0x22, 0xffffffff, 0], 0x7f1000000000)
+        + line(12, "exceptions:page_fault_user", "address=0x7f1000000000 ip=0x1 error_code=0x6")
+        + f" {ids}  {second}:  exceptions:page_fault_user: address={address:#x} ip=0x1 error_code={code:#x}\n"))
+    counts = trace.metadata["import"]
+    assert {name for name in ("races", "repeated", "unmapped", "not_accessible", "unanswered") if counts[name]} == {counted}
+    assert ops(trace)[-2:] == ["FAULT", "FAULT"]
+    assert trace.events["access"][-1] == (Access.WRITE if code & 2 else Access.READ)
+
+
 def test_a_shared_write_after_a_read_is_write_notify(text):
     enter, leave = call(11, "mmap", [0, 4096, 3, 1, 3, 0], 0x7f1000000000).splitlines(keepends=True)
     trace = import_recording(tracepoints=text(

@@ -118,7 +118,7 @@ cdef inline void batch_free(FrameBatch *batch, u64 pfn) noexcept nogil:
     if unlikely(frame.contents != NULL):
         free(frame.contents)
         frame.contents = NULL
-    frame.counts = 0
+    atomic_store(&frame.counts, 0)
     atomic_store(&frame.owner, 0)
     if unlikely(batch.nfreed == BATCH):
         batch_return(batch)
