@@ -125,7 +125,8 @@ cdef struct Memory:
     u32 *slot_of                # by pfn: the slot of a frame in the swap cache
     u32 *free_slots             # those that were used, a stack
     u64 nslots
-    Pool *pools[POOLS]          # made when the first of their threads comes.  What is above never changes: what does stays off its cache line
+    Pool *pools[POOLS]          # made when the first of its threads comes
+    # so far what never changes: what does is not on its cache line
     pthread_mutex_t pool_lock   # for what no pool has: the next three
     u64 fresh                   # the lowest never used
     u32 *returned               # free ones that were used, a stack; touched only as frames come back
