@@ -7,7 +7,7 @@ from libc.stdint cimport uint32_t as u32, uint64_t as u64
 from libc.stdlib cimport free, malloc, realloc
 from ioproc.hooks.chain cimport INVALIDATE_PAGE, unlikely
 from ioproc.vm.fire cimport fire_page
-from ioproc.vm.frames cimport ONE_REFERENCE, mapcount_of, pool_give, references_of
+from ioproc.vm.frames cimport ONE_REFERENCE, frames_free, mapcount_of, pool_give, references_of
 from ioproc.vm.huge cimport huge_entry
 from ioproc.vm.mm cimport (
     HOOKED, MM, OWNER_ANON, OWNER_BITS, OWNER_DIRTY, PAGE_SHIFT, PTE_DIRTY, PTE_EXCLUSIVE, PTE_UNCOUNTED, PTE_YOUNG,
@@ -339,10 +339,10 @@ cdef inline u64 reclaim(Memory *mem, u64 n) noexcept nogil:
     pthread_mutex_lock(&mem.lock)
     if unlikely(mem.victims != NULL):
         victim_note(mem, VICTIM_BATCH, 0)
-    left = 2 * (mem.fresh - 1)
+    left = 2 * (atomic_load(&mem.fresh) - 1)
     while freed < n and left:
         left -= 1
-        if mem.hand >= mem.fresh:
+        if mem.hand >= atomic_load(&mem.fresh):
             mem.hand = 1
         pfn = mem.hand
         mem.hand += 1
@@ -359,10 +359,6 @@ cdef inline u64 reclaim(Memory *mem, u64 n) noexcept nogil:
 cdef inline bint reclaim_some(Memory *mem) noexcept nogil:
     """There was no frame: is it worth another try?  A few at once, or a small part of a small memory."""
     cdef u64 part = mem.nframes >> 4
-    cdef bint some
     if reclaim(mem, 1 if part == 0 else part if part < RECLAIM_BATCH else RECLAIM_BATCH):
         return True
-    pthread_mutex_lock(&mem.lock)
-    some = mem.nfree > 0                    # another thread gave some back
-    pthread_mutex_unlock(&mem.lock)
-    return some
+    return frames_free(mem) != 0            # another thread gave some back
