@@ -5,6 +5,7 @@ Everything at once: threads, forks, files that shrink and reclaim, in less memor
 
 A seed fixes what each thread does, not how the threads meet.
 """
+# ruff: noqa: F403, F405
 import faulthandler
 import os
 import random
@@ -15,10 +16,7 @@ import pytest
 
 import ioproc
 from ioproc import _core
-from world import *  # noqa: F403
-from world import (  # the names, for the reader
-    ANONYMOUS, BASE, COLD, DEVICE, DONTNEED, FIXED, FREE, GROWSDOWN, HUGETLB, KEEPONFORK, LOCKED, PAGE, PAGEOUT, POPULATE,
-    POPULATE_READ, POPULATE_WRITE, PRIVATE, REMOVE, SHARED, WILLNEED, WIPEONFORK)
+from world import *
 
 OPERATIONS = int(os.environ.get("IOPROC_STRESS", 20_000))
 SEED = int(os.environ.get("IOPROC_SEED", 1))
