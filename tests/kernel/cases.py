@@ -375,7 +375,8 @@ CASES = {
         advise(8, 1, KEEP),
     ), files=(PAGE,)),
     "a wiped VMA is as new": Program((
-        anonymous(0, 2), write(0), advise(0, 2, WIPE), ("fork", 0), anonymous(2, 2, process=1), advise(2, 2, WIPE, 1), write(3, 1),
+        anonymous(0, 2), write(0), advise(0, 2, WIPE), ("fork", 0), anonymous(2, 2, process=1), advise(2, 2, WIPE, 1),
+        write(3, 1),
     )),
     "populating stops at the first that fails": Program((
         anonymous(0, 2), write(0), anonymous(2, 2, R), anonymous(4, 2, 0), of_file(8, 4, kind=SHARED), ("fork", 0),
