@@ -218,7 +218,7 @@ cdef inline void frame_back_to_pool(Memory *mem, Frame *frame, u64 pfn) noexcept
     """Its contents are elsewhere."""
     cdef u32 number = <u32> pfn
     frame.contents = NULL
-    frame.counts = 0
+    atomic_store(&frame.counts, 0)
     atomic_store(&frame.owner, 0)
     pool_give(mem, &number, 1)
     mem.reclaim.reclaimed += 1
