@@ -360,24 +360,28 @@ cdef int access_any(MM *mm, u64 addr, bint write, FrameBatch *batch, u64 *pte) n
 
 cdef int touch_any(MM *mm, u64 start, u64 end, bint write, FrameBatch *batch, u64 *faulted, u64 *stopped) noexcept nogil:
     """`touch_range` over pages huge or not; a huge one takes one fault."""
-    cdef u64 faults = 0
+    cdef int why = touch_range(mm, start, end, write, batch, faulted, stopped)
+    return why if likely(why != ACCESS_HUGE) else touch_from_huge(mm, end, write, batch, faulted, stopped)
+
+
+cdef int touch_from_huge(MM *mm, u64 end, bint write, FrameBatch *batch, u64 *faulted, u64 *stopped) noexcept nogil:
+    """What is left of the range at *stopped, which a huge page maps; counts on in *faulted."""
+    cdef u64 faults = faulted[0]
     cdef u64 *pte
-    cdef u64 before
-    cdef int why
-    while True:
-        why = touch_range(mm, start, end, write, batch, faulted, stopped)
-        faults += faulted[0]
-        if why != ACCESS_HUGE:
-            break
+    cdef bint present
+    cdef int why = ACCESS_HUGE
+    while why == ACCESS_HUGE:
         pte = huge_entry(mm.huge, stopped[0])
-        before = pte != NULL and pte_allows(pte[0], write)
+        present = pte != NULL and pte_allows(pte[0], write)
         why = huge_access(mm, stopped[0], write, &pte)
         if why:
             break
-        faults += not before
-        start = (stopped[0] & HUGE_MASK) + HUGE_SIZE
-        if start >= end:
-            break
+        faults += not present
+        faulted[0] = 0
+        stopped[0] = (stopped[0] & HUGE_MASK) + HUGE_SIZE
+        if stopped[0] < end:
+            why = touch_range(mm, stopped[0], end, write, batch, faulted, stopped)
+            faults += faulted[0]
     faulted[0] = faults
     return why
 
