@@ -442,7 +442,6 @@ class File:
         zeros = slice(at, at + n)
         if number in self.pages:
             self.pages[number].data[zeros] = bytes(n)
-            self.pages[number].dirty = True
         for place in (self.slots, self.stored):
             if number in place:
                 data = bytearray(self._contents(number))
