@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self, SupportsIndex, TypedDict, type_check_only
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from typing_extensions import Buffer, CapsuleType
 
 HOOK_NAMES: tuple[str, ...]
@@ -16,6 +16,15 @@ class _MemoryStats(TypedDict):
     frames: int
     frames_free: int
     frames_used: int
+    swap_slots: int
+    swap_free: int
+    swap_used: int
+    scanned: int
+    reclaimed: int
+    swapped_out: int
+    swapped_in: int
+    written_back: int
+    discarded: int
     huge_pages: int
     huge_pages_free: int
     huge_pages_reserved: int
@@ -28,9 +37,12 @@ class _AddressSpaceStats(TypedDict):
     faults_file: int
     faults_reuse: int
     faults_cow: int
+    faults_swap: int
     map_count: int
     total_pages: int
     rss_pages: int
+    swap_pages: int
+    locked_pages: int
     hooks: dict[str, int]
     callbacks: dict[str, int]
     chain_nodes: int
@@ -47,6 +59,11 @@ class PhysicalMemory:
     def __new__(cls, frames: SupportsIndex = 65536, swap_slots: SupportsIndex = 0, huge_pages: SupportsIndex = 0) -> Self: ...
     @property
     def stats(self) -> _MemoryStats: ...
+    def reclaim(self, n: SupportsIndex) -> int: ...
+    def pin(
+        self, mm: AddressSpace, addr: SupportsIndex, length: SupportsIndex, write: bool = True
+    ) -> NDArray[np.uint64]: ...
+    def unpin(self, pfns: ArrayLike) -> None: ...
     def mappings(self, pfn: SupportsIndex) -> list[tuple[AddressSpace, int]]: ...
 
 class File:
@@ -137,6 +154,8 @@ class AddressSpace:
     def munmap(self, addr: SupportsIndex, length: SupportsIndex) -> None: ...
     def mprotect(self, addr: SupportsIndex, length: SupportsIndex, prot: SupportsIndex) -> None: ...
     def madvise(self, addr: SupportsIndex, length: SupportsIndex, advice: SupportsIndex) -> None: ...
+    def mlock(self, addr: SupportsIndex, length: SupportsIndex) -> None: ...
+    def munlock(self, addr: SupportsIndex, length: SupportsIndex) -> None: ...
     def msync(self, addr: SupportsIndex, length: SupportsIndex, flags: SupportsIndex = 4) -> None: ...
     def mremap(
         self,
@@ -172,6 +191,8 @@ class Player:
     def run(self, events: NDArray[np.void], plan: NDArray[np.void]) -> None: ...
     def result(self) -> dict[str, Any]: ...
 
+def watch_victims(memory: PhysicalMemory) -> None: ...
+def victims(memory: PhysicalMemory) -> list[tuple[Any, ...]]: ...
 def check_space(space: AddressSpace) -> None: ...
 def find_vmas(space: AddressSpace, addresses: object, dependent: bool = False) -> int: ...
 def check_memory(memory: PhysicalMemory, spaces: Iterable[AddressSpace]) -> None: ...

@@ -36,10 +36,16 @@ def kernel(executor):
         yield kernel
 
 
+@pytest.fixture
+def can_swap(kernel):
+    return not versions.no_swap(kernel.sees)
+
+
 def difference(vm, program, kernel):
     """Return the `Difference` that a program shows, or None."""
     try:
-        compare(vm, program, kernel.run(program), kernel.sees, versions.differing())
+        huge_pages = versions.huge_pages() if program.huge else 0
+        compare(vm, program, kernel.run(program), kernel.sees, versions.differing(), huge_pages)
     except Difference as found:
         return found
     return None
@@ -48,54 +54,78 @@ def difference(vm, program, kernel):
 def shrunk(vm, program, executor):
     """Return the difference of the smallest program like this one, or None if it is gone when the program is run again."""
     with machine.Kernel(executor) as kernel:
-        if not difference(vm, program, kernel):
-            return None
-        return difference(vm, shrink(program, lambda smaller: difference(vm, smaller, kernel)), kernel)
+        again = difference(vm, program, kernel)
+        smaller = again and shrink(program, lambda smaller: difference(vm, smaller, kernel))
+        return again and (difference(vm, smaller, kernel) or again)
 
 
-def compare_all(vm, programs, executor, capsys):
-    """Compare programs until one differs; print what was compared."""
-    begin, operations, index = time.monotonic(), 0, -1
+def compare_all(vm, programs, executor, capsys, note=""):
+    """Compare programs until one differs; print what was compared.
+
+    The VM always does the same, the kernel nearly: something else on the machine (compaction, say) may hold a reference to a
+    page for a moment, and a write fault copies it then.  So a difference counts if it comes again.
+    """
+    begin, operations, index, transient = time.monotonic(), 0, -1, 0
+    huge_pages = versions.huge_pages()
     with machine.Kernel(executor) as kernel:
         for index, (program, outcomes) in enumerate(kernel.run_all(programs)):
             try:
-                operations += compare(vm, program, outcomes, kernel.sees, versions.differing())
+                operations += compare(vm, program, outcomes, kernel.sees, versions.differing(), huge_pages)
             except Difference as found:
-                smaller = shrunk(vm, program, executor)
-                note = "" if smaller else "not seen again when the program was repeated:\n"
-                pytest.fail(f"seed {SEED}, program {index}: {note}{smaller or found}", pytrace=False)
+                if smaller := shrunk(vm, program, executor):
+                    pytest.fail(f"seed {SEED}, program {index}: {smaller}", pytrace=False)
+                transient += 1
+                if transient > 2 + index // 1000:
+                    pytest.fail(f"seed {SEED}, program {index}: not seen again when it was repeated: {found}", pytrace=False)
+                note += f"; program {index} once differed, not when repeated"
     with capsys.disabled():
         print(f"\n{vm.__name__} against Linux {'.'.join(map(str, versions.running()))}, seed {SEED}: {index + 1} programs, "
               f"{operations} operations, all equal; {time.monotonic() - begin:.0f} s; "
-              f"seen: {', '.join(sorted(kernel.sees)) or 'only what anyone may see'}")
+              f"seen: {', '.join(sorted(kernel.sees)) or 'only what anyone may see'}{note}")
 
 
 @pytest.mark.parametrize("vm, share", [(ioproc, 1), (model, 0.25)], ids=["ioproc", "model"])
-def test_random_programs(vm, share, executor, capsys):
-    compare_all(vm, (generate(SEED, index) for index in range(max(1, int(PROGRAMS * share)))), executor, capsys)
+def test_random_programs(vm, share, executor, kernel, capsys):
+    no_swap = versions.no_swap(kernel.sees)
+    options = {"swap": not no_swap, "lock_limit": "pfn" not in kernel.sees}
+    programs = (generate(SEED, index, **options) for index in range(max(1, int(PROGRAMS * share))))
+    compare_all(vm, programs, executor, capsys, f"; not with swap: {no_swap}" if no_swap else "; with swap")
+
+
+@pytest.mark.parametrize("vm, share", [(ioproc, 0.25), (model, 0.1)], ids=["ioproc", "model"])
+def test_huge_pages(vm, share, executor, capsys):
+    if not (pages := versions.huge_pages()):
+        pytest.skip("no free huge pages (vm.nr_hugepages)")
+    programs = (generate(SEED, index, huge=True) for index in range(max(1, int(PROGRAMS * share))))
+    compare_all(vm, programs, executor, capsys, f"; {pages} huge pages")
 
 
 @pytest.mark.parametrize("vm", [ioproc, model], ids=["ioproc", "model"])
 @pytest.mark.parametrize("program", CASES.values(), ids=CASES)
-def test_a_case(program, vm, kernel):
-    compare(vm, program, kernel.run(program), kernel.sees, versions.differing())
+def test_a_case(program, vm, kernel, can_swap):
+    if program.swaps and not can_swap:
+        pytest.skip(versions.no_swap(kernel.sees))
+    if program.huge and not versions.huge_pages():
+        pytest.skip("no free huge pages (vm.nr_hugepages)")
+    found = difference(vm, program, kernel) and difference(vm, program, kernel)
+    assert not found, found
 
 
 def test_the_limit_on_mappings(executor, capsys):
     """Few programs: each begins by making the 65,000 mappings that the kernel allows beyond the window's."""
-    programs = (generate(SEED, index, length=25, mappings=True) for index in range(max(1, PROGRAMS // 20)))
+    programs = (generate(SEED, index, length=25, mappings=True) for index in range(max(1, PROGRAMS // 30)))
     compare_all(ioproc, programs, executor, capsys)
 
 
-def test_the_kernel_repeats_itself(kernel):
+def test_the_kernel_repeats_itself(kernel, can_swap):
     """Without this a difference would mean nothing.  (Frame numbers are not part of an outcome.)"""
     def outcome(program):
         return [(o.result, o.faults,
-                 {p: (s.vmas, [row[1:] for row in s.pages.values()]) for p, s in o.states.items()})
+                 {p: (s.vmas, [row[1:] for row in s.pages.values()], s.locked, s.swapped) for p, s in o.states.items()})
                 for o in kernel.run(program)]
 
     for index in range(20):
-        program = generate(SEED, index)
+        program = generate(SEED, index, swap=can_swap)
         assert outcome(program) == outcome(program), program
 
 

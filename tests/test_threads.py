@@ -8,7 +8,8 @@ import time
 import pytest
 
 import ioproc
-from recording import BASE, PAGE, RO, RW, pages
+from ioproc import _core
+from recording import BASE, PAGE, PRIVATE, RO, RW, pages
 
 SECONDS = 1.5                       # per stress test
 
@@ -264,3 +265,19 @@ def test_exit_while_others_use_it(mem):
         together(work, work, leave, leave)
         assert released == [mm]
     assert mem.stats["frames_used"] == 0
+
+
+def test_threads_grow_one_stack(mem):
+    mm = ioproc.AddressSpace(mem)
+    top = BASE + 1024 * PAGE
+    pages(mm, 1, top, flags=PRIVATE | ioproc.MAP_GROWSDOWN)
+
+    def use(chance, going):
+        while going():
+            mm.write(top - chance.randrange(512) * PAGE, b"x")
+            if chance.randrange(8) == 0:
+                mm.munmap(top - 512 * PAGE, chance.randrange(1, 513) * PAGE)
+
+    together(use, use, use, use, seconds=SECONDS / 3)
+    _core.check_space(mm)
+    _core.check_memory(mem, [mm])

@@ -272,7 +272,8 @@ def test_record(tmp_path):
 
 @pytest.mark.skipif(not can_record(), reason="strace or perf is missing or may not trace")
 def test_record_of_a_command_that_fails(tmp_path):
-    run = ioproc("record", "-o", tmp_path / "x", "--untraced-runs", "1", "--character", "short", "--", "sh", "-c", "exit 3")
+    run = ioproc("record", "-o", tmp_path / "x", "--untraced-runs", "1", "--character", "short", "--", "sh", "-c", "exit 3",
+                 "not UTF-8: \udcff")
     assert run.returncode == 0
     assert run.stderr.startswith("ioproc: the command ended with status 3\n")
     trace = Trace.load(tmp_path / "x")

@@ -195,3 +195,23 @@ def test_summary_counts_operations_and_what_was_inferred():
     assert summary["inferred"] == {"events": 1, "access": 2, "file": 0, "size": 0}
     assert summary["seconds"] == 1.0
     json.dumps(summary)
+
+
+def test_arguments_and_paths_need_not_be_utf8(tmp_path):
+    files = [{"path": "/\udc80", "size": 0, "kind": "file"}]
+    Trace(np.empty(0, EVENT), {"command": "ls \udcff", "files": files}).save(tmp_path / "a")
+    metadata = Trace.load(tmp_path / "a").metadata
+    assert (metadata["command"], metadata["files"][0]["path"]) == ("ls ?", "/?")
+
+
+def test_summary_and_programs():
+    writer = TraceWriter()
+    for number, (pid, op, access, flags, file, arg) in enumerate((
+            (1, Op.EXEC, 0, 0, 0, 0), (1, Op.FAULT, 1, 0, -1, 0), (1, Op.FORK, 0, 0, -1, 2), (2, Op.FAULT, 2, 1, -1, 0),
+            (1, Op.VFORK, 0, 0, -1, 3), (3, Op.EXEC, 0, 0, 1, 0), (3, Op.FAULT, 0, 0, -1, 0), (4, Op.BRK, 0, 0, -1, 0))):
+        writer.append((number, pid, pid, op, access, 0, 0, 0, flags, file, 0, 0, arg, 0))
+    trace = writer.finish({"files": [{"path": path, "size": 0, "kind": "file"} for path in ("/a", "/b")]})
+    assert trace.summary()["faults"] == {"read": 1, "write": 1, "unknown": 1, "kernel": 1}
+    assert trace.summary()["failed"] == 0
+    assert [tuple(row.values()) for row in trace.programs()] == [
+        (1, 4, 1, "/a"), (2, 1, 1, "/a"), (3, 2, 1, "/b"), (4, 1, 0, None)]

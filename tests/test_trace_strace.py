@@ -155,6 +155,20 @@ def test_exec_by_a_thread_continues_under_the_process(read):
     assert trace.metadata["files"][0]["path"] == "/bin/true"
 
 
+@pytest.mark.parametrize(("flags", "expected"), [
+    ("0x3d0f00", [(Op.BRK, 1), (Op.BRK, 1), (Op.EXIT, 1)]),
+    ("0x11", [(Op.FORK, 1), (Op.BRK, 2), (Op.EXIT, 2), (Op.BRK, 1), (Op.EXIT, 1)]),
+])
+def test_a_child_that_has_ended_before_its_clone_returns(read, flags, expected):
+    trace = read(f"1 1.000100 clone3({{flags={flags}, exit_signal=0}} <unfinished ...>\n"
+                 "2 1.000200 brk(NULL) = 0x9000 <0.000001>\n"
+                 "2 1.000300 +++ exited with 0 +++\n"
+                 "1 1.000400 <... clone3 resumed> => {parent_tid=[0]}, 88) = 2 <0.000400>\n"
+                 "1 1.000500 brk(NULL) = 0x9000 <0.000001>\n"
+                 "1 1.000600 +++ exited with 0 +++\n")
+    assert [(int(e["op"]), int(e["pid"])) for e in trace] == expected
+
+
 def test_failed_calls_keep_their_errno(read):
     trace = read("1 1.000000 mmap(NULL, 0, 0x3, 0x22, -1, 0) = -1 EINVAL (Invalid argument) <0.000005>\n"
                  "1 1.000100 munmap(0x5001, 4096) = -1 EINVAL (Invalid argument) <0.000005>\n"

@@ -239,6 +239,24 @@ def test_a_fault_the_kernel_did_not_wait_for_is_left_out(text):
     assert trace.events["t"][-1] == 12_000_000_000 - 10_000_000_001
 
 
+@pytest.mark.parametrize(("second", "ids", "code", "address", "counted"), [
+    ("12.000050000", "1/2", 6, 0x7f1000000000, "races"),            # both found it absent
+    ("12.000050000", "1/1", 6, 0x7f1000000000, "repeated"),         # taken away by what no call tells
+    ("13.000000000", "1/2", 4, 0x7f1000000000, "repeated"),
+    ("13.000000000", "1/1", 4, 0x7e1000000000, "unmapped"),
+    ("13.000000000", "1/1", 7, 0x555555554000, "not_accessible"),   # a handler of SIGSEGV
+])
+def test_what_the_history_does_not_explain_is_counted_and_kept(text, second, ids, code, address, counted):
+    trace = import_recording(tracepoints=text(
+        START + call(11, "mmap", [0, 4096, 3, 0x22, 0xffffffff, 0], 0x7f1000000000)
+        + line(12, "exceptions:page_fault_user", "address=0x7f1000000000 ip=0x1 error_code=0x6")
+        + f" {ids}  {second}:  exceptions:page_fault_user: address={address:#x} ip=0x1 error_code={code:#x}\n"))
+    counts = trace.metadata["import"]
+    assert {name for name in ("races", "repeated", "unmapped", "not_accessible", "unanswered") if counts[name]} == {counted}
+    assert ops(trace)[-2:] == ["FAULT", "FAULT"]
+    assert trace.events["access"][-1] == (Access.WRITE if code & 2 else Access.READ)
+
+
 def test_a_shared_write_after_a_read_is_write_notify(text):
     enter, leave = call(11, "mmap", [0, 4096, 3, 1, 3, 0], 0x7f1000000000).splitlines(keepends=True)
     trace = import_recording(tracepoints=text(
@@ -262,6 +280,7 @@ def test_other_fields_and_events_do_no_harm(read):
  0/0  2.000000000: PERF_RECORD_MMAP -1/0: [0xffffffff81000000(0x1209988) @ 0xffffffff81000000]: x [kernel.kallsyms]_text
  0/0  3.000000000:  sched:sched_process_exit: comm=swapper pid=0 prio=120
  1/1  3.000000000:  kmem:mm_page_alloc: page=0x1
+ 9/9  0.000000000: PERF_RECORD_MMAP2 9/9: [0x7ffc00000000(0x21000) @ 0 00:00 0 0]: rw-p [stack]
  1/1  3.000000000: PERF_RECORD_LOST lost 12
  1/1  3.000000000: PERF_RECORD_SWITCH
 """)

@@ -78,55 +78,6 @@ def test_beyond_the_new_end_is_a_bus_error_until_the_file_grows_again(mem, file)
     assert mm.read(BASE + 3 * PAGE, 5 * PAGE) == bytes(5 * PAGE)
 
 
-@pytest.mark.parametrize("size", [8 * PAGE, 7 * PAGE + 1, 100 * PAGE])
-def test_the_same_pages_or_more_fire_nothing(mem, file, size):
-    mm = mapped(mem, file, n=16)
-    mm.touch(BASE, 8 * PAGE)
-    log = listen(mm)
-    file.truncate(size)
-    assert log == [] and file.size == size and len(present(mm)) == 8
-
-
-def test_a_mapping_of_nothing_beyond_fires_nothing(mem, file):
-    mm = mapped(mem, file, n=4)
-    log = listen(mm)
-    file.truncate(4 * PAGE)
-    assert log == []
-    mm.mmap(4 * PAGE, RW, SHARED | FIXED, addr=ELSEWHERE, file=file, offset=100 * PAGE)     # beyond it all the time
-    file.truncate(3 * PAGE)
-    assert sorted(log) == [("", "invalidate_range", BASE + 3 * PAGE, BASE + 4 * PAGE),
-                           ("", "invalidate_range", ELSEWHERE, ELSEWHERE + 4 * PAGE)]
-
-
-def test_hole(mem, file):
-    mm, private = mapped(mem, file), mapped(mem, file, PRIVATE)
-    mm.write(BASE, b"a" * 8 * PAGE)
-    private.write(BASE + 3 * PAGE, b"copied")
-    private.read(BASE + 4 * PAGE, 1)
-    logs = [listen(mm), listen(private)]
-    file.punch_hole(PAGE + 100, 5 * PAGE)               # whole: 2, 3, 4, 5
-    for log in logs:
-        assert log == [("", "invalidate_range", BASE + 2 * PAGE, BASE + 6 * PAGE)]
-    assert present(mm) == [0, 1, 6, 7] and present(private) == [3]
-    assert private.read(BASE + 3 * PAGE, 7) == b"copieda" and private.read(BASE + 4 * PAGE, 1) == b"\0"
-    assert file.read(0, 8 * PAGE) == b"a" * (PAGE + 100) + bytes(5 * PAGE) + b"a" * (2 * PAGE - 100)
-    assert file.size == 8 * PAGE
-    _core.check_memory(mem, [mm, private])
-
-
-def test_small_holes(mem, file):
-    file.write(0, b"a" * 8 * PAGE)
-    mm = mapped(mem, file)
-    mm.touch(BASE, 8 * PAGE)
-    file.punch_hole(PAGE + 10, 20)
-    file.punch_hole(3 * PAGE - 5, 10)
-    file.punch_hole(1 << 50, 1 << 60)                   # beyond everything
-    expected = bytearray(b"a" * 8 * PAGE)
-    expected[PAGE + 10:PAGE + 30] = bytes(20)
-    expected[3 * PAGE - 5:3 * PAGE + 5] = bytes(10)
-    assert mm.read(BASE, 8 * PAGE) == expected and len(present(mm)) == 8
-
-
 def test_arguments(mem, file):
     for call, code in ((lambda: file.punch_hole(0, 0), errno.EINVAL), (lambda: file.punch_hole((1 << 63) - 1, 1), errno.EFBIG),
                        (lambda: file.punch_hole(-1, 1), errno.EINVAL), (lambda: file.punch_hole(1, -1), errno.EINVAL),
@@ -139,37 +90,6 @@ def test_arguments(mem, file):
             call()
     with pytest.raises(TypeError):
         file.truncate("1")
-
-
-def test_remove(mem, file):
-    mm = ioproc.AddressSpace(mem)
-    other = mapped(mem, file)
-    anonymous = mm.mmap(4 * PAGE, RW, SHARED | mmap.MAP_ANONYMOUS)
-    mm.mmap(4 * PAGE, RO, SHARED | FIXED, addr=BASE, file=file, offset=2 * PAGE)
-    mm.write(anonymous, b"a" * 4 * PAGE)
-    file.write(0, b"f" * 8 * PAGE)
-    child = mm.fork()
-    for space in (mm, child, other):
-        space.touch(BASE, 4 * PAGE)
-    logs = [listen(space) for space in (mm, child, other)]
-    mm.madvise(BASE + PAGE, 2 * PAGE, mmap.MADV_REMOVE)     # pages 3 and 4 of the file
-    assert logs[0] == logs[1] == [("", "invalidate_range", BASE + PAGE, BASE + 3 * PAGE)]
-    assert logs[2] == [("", "invalidate_range", BASE + 3 * PAGE, BASE + 5 * PAGE)]
-    assert file.read(0, 8 * PAGE) == b"f" * 3 * PAGE + bytes(2 * PAGE) + b"f" * 3 * PAGE
-    mm.madvise(anonymous, 4 * PAGE, mmap.MADV_REMOVE)
-    assert child.read(anonymous, 4 * PAGE) == bytes(4 * PAGE)
-
-
-def test_remove_errno(mem, file):
-    mm = mapped(mem, file, PRIVATE)
-    private = mm.mmap(4 * PAGE)
-    locked = mm.mmap(4 * PAGE, RW, SHARED | mmap.MAP_ANONYMOUS | 0x2000)
-    attached = mm.shmat(file, readonly=True)
-    for addr, code in ((BASE, errno.EACCES), (private, errno.EINVAL), (locked, errno.EINVAL), (attached, errno.EACCES),
-                       (0x70000000, errno.ENOMEM)):
-        with pytest.raises(OSError) as raised:
-            mm.madvise(addr, PAGE, mmap.MADV_REMOVE)
-        assert raised.value.errno == code
 
 
 def test_callbacks_look_and_do_not_touch_and_what_they_raise_arrives(mem, file):

@@ -6,8 +6,7 @@ import threading
 import pytest
 
 import ioproc
-from ioproc import _core
-from recording import BASE, PAGE, RW, device, layout, pages
+from recording import BASE, PAGE, RW, device, pages
 from test_threads import act, together
 
 
@@ -28,36 +27,6 @@ def gone(mm):
     with pytest.raises(OSError) as raised:
         mm.read(BASE, 1)
     return raised.value.errno == errno.ESRCH and mm.vmas() == [] and not mm.pagemap(BASE, PAGE)["present"].any()
-
-
-def test_what_one_does_the_other_sees(mem, mm):
-    child = mm.vfork()
-    child.write(BASE, b"child")
-    child.mmap(PAGE, RW, addr=BASE + 8 * PAGE)
-    assert mm.read(BASE, 6) == b"childt" and layout(mm) == layout(child) == [(0, 4), (8, 9)]
-    assert mem.stats["frames_used"] == 1 and mm.stats == child.stats
-    child.exit()
-    assert gone(child) and mm.read(BASE, 5) == b"child"
-    child.exit()
-    _core.check_space(mm)
-    _core.check_memory(mem, [mm, child])
-
-
-@pytest.mark.parametrize("leave", ["exec", "exit"])
-def test_the_child_only_leaves(mem, mm, leave):
-    log = []
-    mm.register_ops(device(log, "parent's"))
-    child = mm.vfork()
-    child.register_ops(device(log, "child's"))          # on what both use
-    getattr(child, leave)()
-    gc.collect()
-    assert log == []
-    mm.touch(BASE + PAGE)
-    assert [name for name, *_ in log] == ["child's", "parent's"]
-    log.clear()
-    mm.exit()
-    assert [(name, hook) for name, hook, *_ in log] == [("child's", "release"), ("parent's", "release")]
-    assert mem.stats["frames_used"] == 0
 
 
 def test_exec_of_the_last_user(mem, mm):
@@ -120,17 +89,6 @@ def test_the_parent_may_go_first(mem, mm):
     assert released == [] and mem.mappings(pfn) == [(again, BASE)]
     again.exec()
     assert released == [again] and mem.stats["frames_used"] == 0
-
-
-def test_a_fork_of_a_shared_address_space(mem, mm):
-    child = mm.vfork()
-    copy = child.fork()
-    child.exec()
-    mm.write(BASE, b"P")
-    assert copy.read(BASE, 6) == b"parent" and mm.read(BASE, 6) == b"Parent"
-    for space in (copy, mm, child):
-        space.exit()
-    assert mem.stats["frames_used"] == 0
 
 
 def test_what_release_raises_arrives_and_exec_is_done(mem, mm):

@@ -93,7 +93,7 @@ class CallReader:
         return self.files.setdefault((path, handle, kind, inode, opened), len(self.files))
 
     def ignored(self, name):
-        ignored = self.counts["ignored_calls"]
+        ignored, name = self.counts["ignored_calls"], name.encode("ascii", "replace").decode()[:40]
         if len(ignored) < 1000 or name in ignored:
             ignored[name] = ignored.get(name, 0) + 1
 

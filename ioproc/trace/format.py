@@ -231,7 +231,8 @@ class Trace:
         target = output_path(path)
         if packed is None:
             packed = path.suffix in (".xz", ".gz", ".zst")
-        metadata = json.dumps(self.metadata, ensure_ascii=False, separators=(",", ":")).encode()
+        # Arguments and paths need not be UTF-8; what is not becomes "?".
+        metadata = json.dumps(self.metadata, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
         encode = _pack if packed else _row_bytes
         # The checksum stands in the header, so the events are encoded twice rather than kept.
         size, checksum = 0, 0

@@ -77,6 +77,7 @@ cdef struct Process:
 
 cdef enum:
     SIGNALS_EVERY = 1 << 20     # events
+    MLOCK_ONFAULT = 1           # flags of mlock2
     BUCKETS = 1024
     NOTED = 64
 
@@ -487,6 +488,13 @@ cdef int replay_in_memory(Replay *replay, Space *space, const Event *event, bint
                 replay, space, event.addr & PAGE_MASK, event.length + (event.addr & (PAGE_SIZE - 1))):
             out_of_memory[0] = True
         return AGREES
+    if op == OP_MLOCK:
+        if event.flags & MLOCK_ONFAULT:
+            return errno_difference(event, mark_locked(mm, event.addr & PAGE_MASK, page_align(
+                event.length + (event.addr & (PAGE_SIZE - 1))), VM_LOCKED))
+        return errno_difference(event, mm_mlock(mm, event.addr, event.length))
+    if op == OP_MUNLOCK:
+        return errno_difference(event, mm_munlock(mm, event.addr, event.length))
     return UNMODELLED
 
 

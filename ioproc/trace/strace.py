@@ -84,6 +84,7 @@ class _Reader(CallReader):
         self.counts["signals"] = 0
         self.pending = {}       # tid -> (name, arguments so far, start, reserved row)
         self.first_row = {}     # tid that appeared before its clone returned -> row from which it wrote
+        self.gone = {}          # tid that has also ended before -> that row, and the one of its end
 
     def line(self, line):
         match = _LINE.match(line)
@@ -120,10 +121,20 @@ class _Reader(CallReader):
             self.first_row[tid] = len(self.writer)
         return pid
 
+    def join(self, tid, pid):
+        if self.gone.pop(tid, None) is None:
+            super().join(tid, pid)
+        return pid
+
     def thread(self, tid, pid):
         """A clone has returned: `tid` is a thread of `pid`, whatever it may have looked like before."""
-        if self.group.get(tid) == tid != pid and tid in self.first_row:
-            early = self.writer.array[self.first_row[tid]:]
+        first, end = self.gone.get(tid, (None, None))
+        if end is not None:
+            self.writer.assign(end, op=0)
+        elif self.group.get(tid) == tid != pid:
+            first = self.first_row.get(tid)
+        if first is not None:
+            early = self.writer.array[first:]
             early["pid"][early["tid"] == tid] = pid
             self.members.pop(tid, None)
         self.join(tid, pid)
@@ -141,13 +152,15 @@ class _Reader(CallReader):
             return
         self.drop(tid)
         self.group.pop(tid, None)
-        self.first_row.pop(tid, None)
+        first = self.first_row.pop(tid, None)
         members = self.members[pid]
         members.discard(tid)
         if not members:
             del self.members[pid]
             self.breaks.pop(pid, None)
-            self.emit(t, pid, tid, Op.EXIT)
+            end = self.emit(t, pid, tid, Op.EXIT)
+            if first is not None and any(name in FORKS for name, *_ in self.pending.values()):
+                self.gone[tid] = first, end
 
     def drop(self, tid):
         """What `tid` was in the middle of never returned."""

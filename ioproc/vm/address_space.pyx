@@ -526,9 +526,10 @@ cdef class AddressSpace:
 
     def madvise(self, addr, length, advice):
         """
-        ``MADV_DONTNEED``: forget the pages, ``invalidate_range`` per VMA.  ``FREE``: the same hook; the pages, clean and old
-        now, may go at any time, but nothing takes them yet.  ``REMOVE``: `File.punch_hole` of what is mapped.  ``POPULATE_READ
-        POPULATE_WRITE`` fault pages in, as far as it goes.  ``DONTFORK DOFORK WIPEONFORK KEEPONFORK NORMAL RANDOM SEQUENTIAL
+        ``MADV_DONTNEED``: forget the pages, ``invalidate_range`` per VMA.  ``FREE``: the same hook; reclaim throws the pages
+        away, instead of keeping them, unless they are written before.  ``PAGEOUT``: reclaim the pages that nobody else maps;
+        ``COLD``: let them look unused.  ``REMOVE``: `File.punch_hole` of what is mapped.  ``POPULATE_READ POPULATE_WRITE``
+        fault pages in, as far as it goes.  ``DONTFORK DOFORK WIPEONFORK KEEPONFORK NORMAL RANDOM SEQUENTIAL
         HUGEPAGE NOHUGEPAGE DONTDUMP DODUMP`` mark VMAs, which splits and merges them; ``WILLNEED`` does nothing.  The other
         kinds of advice raise NotImplementedError.  Holes are skipped, and ENOMEM at the end.
         """
@@ -1027,8 +1028,8 @@ cdef class AddressSpace:
     def stats(self):
         """
         dict: ``faults`` and their kinds (``faults_zero _anon _file _reuse _cow _swap``), ``map_count``, ``total_pages``,
-        ``rss_pages``, ``swap_pages``, ``locked_pages``; ``hooks`` (chains walked) and ``callbacks`` (run), by callback name; ``chain_nodes`` visited.
-        Hooks are counted only where a chain exists.
+        ``rss_pages``, ``swap_pages``, ``locked_pages``; ``hooks`` (chains walked) and ``callbacks`` (run), by callback name;
+        ``chain_nodes`` visited.  Hooks are counted only where a chain exists.
         """
         cdef FaultCounts faults
         cdef HookCounts hooks

@@ -95,7 +95,7 @@ cdef inline u64 file_page(FileCache *file, u64 index, FrameBatch *batch) noexcep
         leaf_drop(file.pages, index << PAGE_SHIFT)
         return 0
     frame = &file.mem.frames[pfn]
-    frame.counts = ONE_REFERENCE
+    atomic_store(&frame.counts, ONE_REFERENCE)
     atomic_store(&frame.index, index)
     atomic_store(&frame.owner, <u64> file)
     if entry == 0:
@@ -132,7 +132,7 @@ cdef inline bint map_anonymous(MM *mm, VMArea *vma, u64 addr, u64 *pte, FrameBat
     if unlikely(pfn == 0):
         return False
     frame = frame_at(mm.mem, pfn)
-    frame.counts = 1
+    atomic_store(&frame.counts, 1)
     frame_own(frame, vma, addr)
     pte[0] = pte_make(pfn, PTE_PRESENT | PTE_USER | PTE_WRITE | PTE_YOUNG | PTE_DIRTY | PTE_EXCLUSIVE)
     mm.rss += 1
@@ -184,7 +184,7 @@ cdef inline int fault_file(MM *mm, VMArea *vma, u64 addr, u64 index, Table *leaf
         return ACCESS_BUS if beyond else ACCESS_OOM
     if copy:
         frame = frame_at(mem, pfn)
-        frame.counts = 1
+        atomic_store(&frame.counts, 1)
         frame_own(frame, vma, addr)
         bits |= PTE_WRITE | PTE_DIRTY | PTE_EXCLUSIVE
     elif vma.flags & VM_SHARED and vma.flags & VM_WRITE:
@@ -235,7 +235,7 @@ cdef inline int fault_write_protect(MM *mm, VMArea *vma, u64 addr, u64 *pte, Fra
         batch_free(batch, pfn)
         return ACCESS_OOM
     fire_page(mm, INVALIDATE_PAGE, vma, addr)
-    frame.counts = 1
+    atomic_store(&frame.counts, 1)
     frame_own(frame, vma, addr)
     if pte[0] & PTE_ZERO:
         mm.rss += 1
@@ -276,21 +276,22 @@ cdef inline int fault_swap(MM *mm, VMArea *vma, u64 addr, u64 *pte, bint write, 
         done = False
     else:
         frame = frame_at(mem, pfn)
-        if slot.count == 1:
+        if slot.count == 1 and slot.pfn == 0:
             frame_from_slot(mem, number, frame)
-            frame.counts = 1
+            atomic_store(&frame.counts, 1)
         elif slot_copy(mem, number, frame):
             mem.reclaim.swapped_in += 1
-            frame.counts = 1
+            atomic_store(&frame.counts, 1)
             if not copy:
                 slot_cache(mem, number, pfn)
                 slot_put(mem, number)
         else:
             done = False
-        # not ours alone: whose page it was is forgotten, but the oldest AnonVMA finds every mapping it can have
-        anon = vma.anon if write or exclusive else anon_root(vma.anon)
-        atomic_store(&frame.index, vma_index(vma, addr))
-        atomic_store(&frame.owner, <u64> anon | OWNER_ANON | OWNER_DIRTY)
+        if done:
+            # not ours alone: whose page it was is forgotten, but the oldest AnonVMA finds every mapping it can have
+            anon = vma.anon if write or exclusive else anon_root(vma.anon)
+            atomic_store(&frame.index, vma_index(vma, addr))
+            atomic_store(&frame.owner, <u64> anon | OWNER_ANON | OWNER_DIRTY)
     pthread_mutex_unlock(&mem.lock)
     if fresh and (not done or pfn != fresh):
         batch_put_back(batch, fresh)

@@ -122,7 +122,7 @@ cdef bint vma_maps(const VMArea *vma, u64 start, u64 end, u64 *first, u64 *last)
     """[*first, *last): where the VMA maps [start, end) of its file.  False: nowhere."""
     cdef u64 low = vma.pgoff << PAGE_SHIFT
     cdef u64 high = low + (vma.end - vma.start)
-    if vma.flags & VM_NONLINEAR:            # anywhere
+    if atomic_load(&vma.flags) & VM_NONLINEAR:        # anywhere
         first[0] = vma.start
         last[0] = vma.end
         return True
@@ -202,9 +202,9 @@ cdef void file_truncate(FileCache *file, u64 size) noexcept nogil:
     pthread_mutex_lock(&mem.lock)
     old = file.size
     atomic_store(&file.size, size)
-    if size < old and file.huge:
+    if size <= old and file.huge:
         huge_file_drop(file, size, FILE_END, True)
-    elif size < old:
+    elif size <= old:                       # equal: a mapping may have written behind the end
         file_zero(file, size, kept)
         file_drop(file, kept, UINT64_MAX)
     pthread_mutex_unlock(&mem.lock)

@@ -103,8 +103,8 @@ cdef class PhysicalMemory:
         cdef u64 left, swap_used, huge_free, huge_reserved
         cdef ReclaimCounts counts
         with nogil:
+            left = frames_free(self.mem)
             pthread_mutex_lock(&self.mem.lock)
-            left = self.mem.nfree
             swap_used = self.mem.swap_used
             counts = self.mem.reclaim
             huge_free = self.mem.huge_free
@@ -322,7 +322,7 @@ cdef u64 *rmap_candidates(const Frame *frame, u64 *count) noexcept nogil:
     elif owner:
         vma = (<const FileCache *> (owner & ~<u64> OWNER_BITS)).mappings
         while vma != NULL:
-            room += vma_pages(vma) if vma.flags & VM_NONLINEAR else 1
+            room += vma_pages(vma) if atomic_load(&vma.flags) & VM_NONLINEAR else 1
             vma = vma.file_above
         vma = (<const FileCache *> (owner & ~<u64> OWNER_BITS)).mappings
     if room == 0:
@@ -342,7 +342,7 @@ cdef u64 *rmap_candidates(const Frame *frame, u64 *count) noexcept nogil:
 
 cdef void rmap_candidate(const VMArea *vma, u64 index, u64 *spots, u64 *count) noexcept nogil:
     cdef u64 addr = vma.start
-    if vma.flags & VM_NONLINEAR:            # anywhere
+    if atomic_load(&vma.flags) & VM_NONLINEAR:      # anywhere
         while addr < vma.end:
             spots[2 * count[0]] = <u64> vma.mm
             spots[2 * count[0] + 1] = addr

@@ -219,7 +219,7 @@ cdef VMArea *merge_existing(MM *mm, Proposed *want) noexcept nogil:
 
 cdef void vma_set_flags(VMArea *vma, u64 flags) noexcept nogil:
     pages_count(vma.mm, vma.flags, 0 - vma_pages(vma))
-    vma.flags = flags
+    atomic_store(&vma.flags, flags)         # the reverse map looks at them without the lock
     pages_count(vma.mm, flags, vma_pages(vma))
 
 

@@ -50,7 +50,9 @@ cdef int remap_nonlinear(MM *mm, VMArea *vma, u64 start, u64 end, u64 pgoff) noe
     if end > vma.end or vma.flags & VM_HUGETLB:
         return -EINVAL
     if pgoff != vma_index(vma, start):
+        pthread_mutex_lock(&mm.mem.lock)    # the reverse map counts its candidates first
         vma_set_flags(vma, vma.flags | VM_NONLINEAR)
+        pthread_mutex_unlock(&mm.mem.lock)
     if pgoff + ((end - start) >> PAGE_SHIFT) > page_align(vma.file.size) >> PAGE_SHIFT:
         return -EINVAL
     batch_begin(&batch, mm.mem, 0)

@@ -7,13 +7,16 @@ cdef int mm_pin(MM *mm, u64 start, u64 end, bint write, u64 *pfns) noexcept nogi
     cdef FrameBatch batch
     cdef u64 addr = start
     cdef u64 pte = 0
+    cdef u64 allowed = VM_WRITE if write else VM_READ
+    cdef const VMArea *vma
     cdef int why = ACCESS_OK
     batch_begin(&batch, mm.mem, (end - start) >> PAGE_SHIFT)
     while addr < end:
-        # a stack grows for the processor only
-        why = access_any(mm, addr, write, &batch, &pte) if vma_at(mm, addr) != NULL else ACCESS_SEGV
-        if why == ACCESS_OK and pte & PTE_SPECIAL:              # no frame of ours
-            why = ACCESS_SEGV
+        # unlike for the processor a stack does not grow, and what may be written need not be readable
+        vma = vma_at(mm, addr)
+        why = ACCESS_SEGV
+        if vma != NULL and vma.flags & allowed and not vma.flags & VM_PFNMAP:
+            why = access_any(mm, addr, write, &batch, &pte)
         if why:
             break
         pfns[(addr - start) >> PAGE_SHIFT] = 0
@@ -59,13 +62,15 @@ cdef u64 frames_unpin(Memory *mem, const u64 *pfns, const i64 *times, u64 n) noe
     """Drop so many references of each frame.  The index of one that has not so many, and nothing is dropped; or `n`."""
     cdef FrameBatch batch
     cdef u64 i
-    cdef i64 k
+    cdef i64 left
     for i in range(n):
         if pfns[i] and pins_of(mem, pfns[i]) < <u64> times[i]:
             return i
     batch_begin(&batch, mem, 0)
     for i in range(n):
-        for k in range(times[i] if pfns[i] else 0):
+        left = times[i] if pfns[i] else 0
+        while left:
+            left -= 1
             pin_put(&batch, pfns[i])
     batch_end(&batch)
     return n

@@ -11,6 +11,8 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <linux/capability.h>
+#include <linux/falloc.h>
 #include <fcntl.h>
 #include <poll.h>
 #include <sched.h>
@@ -26,6 +28,7 @@
 #include <sys/shm.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/uio.h>
 #include <sys/wait.h>
 #include <ucontext.h>
 #include <unistd.h>
@@ -34,15 +37,18 @@
 #define MAX_PROCESSES 8
 #define MAX_FILES 2
 #define MAX_SEGMENTS 2
-#define MAX_WINDOW 256
+#define MAX_WINDOW 8192
+#define MAX_PINS 4
 
 enum { MMAP = 1, MUNMAP, MPROTECT, MREMAP, MADVISE, MSYNC, BRK, READ, WRITE, FORK, EXIT, FREAD, FWRITE,
-       MLOCK, MUNLOCK, SHMAT, SHMDT };
+       MLOCK, MUNLOCK, SHMAT, SHMDT, TRUNCATE, PUNCH, PIN, UNPIN, REMAP, SPAWN };
 
 struct program {
     uint64_t ops, window, window_pages, start_brk, file_size[MAX_FILES], segment_size[MAX_SEGMENTS];
     uint64_t limit_as, limit_data;  /* pages, beyond what a worker itself has; 0: no limit */
     uint64_t mappings;              /* how many mappings vm.max_map_count leaves for the window; 0: as many as it does */
+    uint64_t limit_memlock, limit_stack;  /* bytes, and no CAP_IPC_LOCK with the first; 0: no limit */
+    uint64_t huge;                  /* whether files are of huge pages; every 512th page is reported then */
 };
 
 struct op {
@@ -68,6 +74,7 @@ struct vma_record {
     uint32_t pad;
 };
 
+#define KPF_WRITEBACK 8
 #define STATE_PRESENT 1
 #define STATE_SWAPPED 2
 #define STATE_FILE 4
@@ -82,7 +89,7 @@ struct page_record {
 };
 
 struct process_record {
-    uint32_t process, vmas, pages, pad;
+    uint32_t process, vmas, pages, locked, swapped, pad;  /* locked, swapped: pages of the whole process */
 };
 
 struct pm_scan_arg {
@@ -99,22 +106,27 @@ struct page_region {
 #define FILLER 0x200000000000UL  /* above the window: where mappings are used up */
 #ifndef MADV_COLD
 #define MADV_COLD 20
+#define MADV_PAGEOUT 21
+#endif
+#ifndef MADV_POPULATE_READ
+#define MADV_POPULATE_READ 22
+#define MADV_POPULATE_WRITE 23
 #endif
 #ifndef PR_SET_THP_DISABLE
 #define PR_SET_THP_DISABLE 41
 #endif
 
 static int to_worker[MAX_PROCESSES][2], from_worker[2];
-static int memfd[MAX_FILES];
+static int memfd[MAX_FILES], pins[MAX_PINS + 1][2];
 static ino_t memfd_inode[MAX_FILES];
 static int segment[MAX_SEGMENTS];  /* of System V shared memory; -1: none */
 static struct program program;
-static int kpagecount = -1, has_scan, has_pfn;
+static int own_file, kpagecount = -1, kpageflags = -1, has_scan, has_pfn;
 static char *scratch;  /* 64 pages of a worker, to flush its TLB with */
 
 static struct {
     pid_t pid;
-    int maps, pagemap;
+    int maps, pagemap, status;
 } workers[MAX_PROCESSES];
 static int started;  /* process numbers given out; a number is never used twice in a program */
 
@@ -196,7 +208,8 @@ static void flush_tlb(void)
     mprotect(scratch, 64 * PAGE, PROT_READ | PROT_WRITE);
 }
 
-/* MADV_FREE leaves pages in a batch, with a reference, until the next drain: MADV_COLD makes one. */
+/* MADV_FREE, mlock and the end of locked memory leave pages in a batch, with a reference that makes a write fault copy,
+ * until the next drain: MADV_COLD makes one. */
 static void drain_lru(void)
 {
     madvise(scratch, PAGE, MADV_COLD);
@@ -240,11 +253,36 @@ static int64_t placed(long addr, unsigned long length)
     return addr;
 }
 
+static void drain(int fd)
+{
+    static char data[1 << 16];
+
+    while (read(fd, data, sizeof data) > 0)
+        ;
+}
+
+/* What a driver's get_user_pages() does: a reference to each page, which the pipe holds until it is drained. */
+static int64_t pin(unsigned long addr, unsigned long length, int write, int slot)
+{
+    struct iovec range = {(void *)addr, length};
+
+    if (write && syscall(SYS_madvise, addr, length, MADV_POPULATE_WRITE))
+        return -EFAULT;
+    /* all pages or none: try with a pipe that can be drained */
+    ssize_t n = vmsplice(pins[MAX_PINS][1], &range, 1, SPLICE_F_NONBLOCK);
+    drain(pins[MAX_PINS][0]);
+    if (n != (ssize_t)length)
+        return -EFAULT;
+    n = vmsplice(pins[slot][1], &range, 1, SPLICE_F_NONBLOCK);
+    return n == (ssize_t)length ? 0 : -ENOBUFS;
+}
+
 static int64_t run(const struct op *op, uint32_t *faults)
 {
     const int64_t *a = op->a;
     long r;
 
+    drain_lru();
     switch (op->op) {
     case MMAP:
         r = syscall(SYS_mmap, a[0], a[1], a[2], a[3], a[4] < 0 ? -1 : memfd[a[4]], a[5]);
@@ -260,10 +298,12 @@ static int64_t run(const struct op *op, uint32_t *faults)
         return placed(r, a[2]);
     case MADVISE:
         r = syscall(SYS_madvise, a[0], a[1], a[2]);
-        r = r == -1 ? -errno : r;
-        if (a[2] == MADV_FREE)
-            drain_lru();
-        return r;
+        break;
+    case REMAP:
+        r = syscall(SYS_remap_file_pages, a[0], a[1], 0, a[2], 0);
+        break;
+    case PIN:
+        return pin(a[0], a[1], a[2], a[3]);
     case MSYNC:
         r = syscall(SYS_msync, a[0], a[1], a[2]);
         break;
@@ -374,12 +414,15 @@ static void set_limit(int resource, const char *name, uint64_t pages)
         die("setrlimit");
 }
 
-static void start_worker(void)
+static void start_worker(int number)
 {
     static char stack[65536];
+    volatile char deep[65536];  /* the stack may not grow once RLIMIT_STACK is set */
     stack_t signal_stack = {.ss_sp = stack, .ss_size = sizeof stack};
     struct sigaction action = {.sa_sigaction = on_signal, .sa_flags = SA_SIGINFO | SA_ONSTACK};
 
+    for (size_t i = 0; i < sizeof deep; i += PAGE)
+        deep[i] = 0;
     prctl(PR_SET_PDEATHSIG, SIGKILL);
     signal(SIGINT, SIG_IGN);
     sigaltstack(&signal_stack, NULL);
@@ -407,7 +450,19 @@ static void start_worker(void)
         set_limit(RLIMIT_AS, "VmSize:", program.limit_as);
     if (program.limit_data)
         set_limit(RLIMIT_DATA, "VmData:", program.limit_data);
-    worker(0);
+    if (program.limit_stack && setrlimit(RLIMIT_STACK, &(struct rlimit){program.limit_stack, RLIM_INFINITY}))
+        die("RLIMIT_STACK");
+    if (program.limit_memlock) {
+        struct __user_cap_header_struct header = {_LINUX_CAPABILITY_VERSION_3, 0};
+        struct __user_cap_data_struct caps[2];
+        if (setrlimit(RLIMIT_MEMLOCK, &(struct rlimit){program.limit_memlock, program.limit_memlock}) ||
+            syscall(SYS_capget, &header, caps))
+            die("RLIMIT_MEMLOCK");
+        caps[0].effective &= ~(1U << CAP_IPC_LOCK);
+        if (syscall(SYS_capset, &header, caps))
+            die("CAP_IPC_LOCK");
+    }
+    worker(number);
 }
 
 /* ---- the controller ---- */
@@ -421,7 +476,9 @@ static void adopt(int number, pid_t pid)
     workers[number].maps = open(path, O_RDONLY | O_CLOEXEC);
     snprintf(path, sizeof path, "/proc/%d/pagemap", pid);
     workers[number].pagemap = open(path, O_RDONLY | O_CLOEXEC);
-    if (workers[number].maps < 0 || workers[number].pagemap < 0)
+    snprintf(path, sizeof path, "/proc/%d/status", pid);
+    workers[number].status = open(path, O_RDONLY | O_CLOEXEC);
+    if (workers[number].maps < 0 || workers[number].pagemap < 0 || workers[number].status < 0)
         die(path);
 }
 
@@ -429,6 +486,7 @@ static void dismiss(int number)
 {
     close(workers[number].maps);
     close(workers[number].pagemap);
+    close(workers[number].status);
     if (waitpid(workers[number].pid, NULL, 0) < 0)
         die("waitpid");
     workers[number].pid = 0;
@@ -510,7 +568,7 @@ static unsigned report_pages(int fd)
             for (uint64_t at = regions[i].start; at < regions[i].end; at += PAGE)
                 zero[(at - program.window) / PAGE] = 1;
     }
-    for (unsigned i = 0; i < n; i++) {
+    for (unsigned i = 0; i < n; i += program.huge ? 512 : 1) {
         struct page_record record = {.page = i};
         uint64_t entry = entries[i], mapcount = 0;
 
@@ -530,6 +588,20 @@ static unsigned report_pages(int fd)
     return count;
 }
 
+static void report_status(int fd, struct process_record *record)
+{
+    char text[1 << 12], *at;
+    ssize_t n = pread(fd, text, sizeof text - 1, 0);
+
+    if (n < 0)
+        die("status");
+    text[n] = 0;
+    if ((at = strstr(text, "VmLck:")))
+        record->locked = strtoul(at + 6, NULL, 10) / (PAGE / 1024);
+    if ((at = strstr(text, "VmSwap:")))
+        record->swapped = strtoul(at + 7, NULL, 10) / (PAGE / 1024);
+}
+
 static void report(int64_t result, uint32_t faults)
 {
     size_t at = out_len;
@@ -544,6 +616,7 @@ static void report(int64_t result, uint32_t faults)
         emit(&record, sizeof record);
         record.vmas = report_vmas(workers[i].maps);
         record.pages = report_pages(workers[i].pagemap);
+        report_status(workers[i].status, &record);
         memcpy(out + head, &record, sizeof record);
         outcome.processes++;
     }
@@ -565,6 +638,33 @@ static void wait_reply(struct reply *reply)
         die("reply");
 }
 
+/* A page on its way to the swap device cannot be reused, nor go there again: wait until it is there.  It is then in an LRU
+ * batch of the CPU that heard from the device; dropping a file's cached pages while some are mapped (we run in them) drains
+ * all CPUs' batches.
+ */
+static void wait_writeback(const uint64_t *entries, unsigned n)
+{
+    for (unsigned i = 0; i < n; i++)
+        for (int tries = 0; entries[i] >> 63 && tries < 20000; tries++) {
+            uint64_t flags = 0;
+            if (pread(kpageflags, &flags, 8, (entries[i] & ((1UL << 55) - 1)) * 8) != 8 || !(flags >> KPF_WRITEBACK & 1))
+                break;
+            usleep(50);
+        }
+    posix_fadvise(own_file, 0, 0, POSIX_FADV_DONTNEED);
+}
+
+static void spawn(void)
+{
+    pid_t pid = fork();
+
+    if (pid < 0)
+        die("fork");
+    if (pid == 0)
+        start_worker(started);
+    adopt(started++, pid);
+}
+
 static void perform(struct op *op)
 {
     int p = op->process;
@@ -573,6 +673,11 @@ static void perform(struct op *op)
     ssize_t n;
 
     if (op->op == FREAD || op->op == FWRITE) {
+        struct stat st;
+        if (fstat(memfd[op->a[0]], &st) || op->a[1] >= st.st_size) {
+            report(SKIPPED, 0);
+            return;
+        }
         byte = op->a[2];
         if (op->op == FREAD)
             n = pread(memfd[op->a[0]], &byte, 1, op->a[1]);
@@ -581,12 +686,37 @@ static void perform(struct op *op)
         report(n != 1 ? SKIPPED : op->op == FREAD ? byte : 0, 0);
         return;
     }
+    if (op->op == TRUNCATE || op->op == PUNCH) {
+        n = op->op == TRUNCATE
+                ? ftruncate(memfd[op->a[0]], op->a[1])
+                : fallocate(memfd[op->a[0]], FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, op->a[1], op->a[2]);
+        report(n ? -errno : 0, 0);
+        return;
+    }
+    if (op->op == UNPIN) {
+        drain(pins[op->a[0]][0]);
+        report(0, 0);
+        return;
+    }
+    if (op->op == SPAWN) {
+        if (started == MAX_PROCESSES)
+            report(SKIPPED, 0);
+        else {
+            spawn();
+            report(0, 0);
+        }
+        return;
+    }
     if (p < 0 || p >= started || !workers[p].pid || (op->op == FORK && started == MAX_PROCESSES)) {
         report(SKIPPED, 0);
         return;
     }
     if (op->op == FORK)
         op->a[0] = started;
+    static uint64_t entries[MAX_WINDOW];
+    int waits = op->op == MADVISE && op->a[2] == MADV_PAGEOUT && kpageflags >= 0 && !program.huge;
+    if (waits && pread(workers[p].pagemap, entries, program.window_pages * 8, program.window / PAGE * 8) < 0)
+        die("pagemap");
     write_all(to_worker[p][1], op, sizeof *op);
     if (op->op == EXIT) {
         dismiss(p);
@@ -594,6 +724,8 @@ static void perform(struct op *op)
         return;
     }
     wait_reply(&reply);
+    if (waits)
+        wait_writeback(entries, program.window_pages);
     if (op->op == FORK && reply.result == 0)
         adopt(started++, reply.pid);
     report(reply.result, reply.faults);
@@ -628,20 +760,15 @@ static void run_program(struct op *ops)
         memfd_inode[i] = 0;
         if (!program.file_size[i])
             continue;
-        memfd[i] = memfd_create("ioproc-test", MFD_CLOEXEC);
+        memfd[i] = memfd_create("ioproc-test", MFD_CLOEXEC | (program.huge ? MFD_HUGETLB : 0));
         if (memfd[i] < 0 || ftruncate(memfd[i], program.file_size[i]) || fstat(memfd[i], &st))
             die("memfd");
         memfd_inode[i] = st.st_ino;
     }
     for (int i = 0; i < MAX_SEGMENTS; i++)
         attached[i] = make_segment(i);
-    started = 1;
-    pid_t pid = fork();
-    if (pid < 0)
-        die("fork");
-    if (pid == 0)
-        start_worker();
-    adopt(0, pid);
+    started = 0;
+    spawn();
     out_len = 0;
     emit(&length, sizeof length);
     for (uint64_t i = 0; i < program.ops; i++)
@@ -654,6 +781,8 @@ static void run_program(struct op *ops)
     for (int i = 0; i < MAX_FILES; i++)
         if (memfd[i] >= 0)
             close(memfd[i]);
+    for (int i = 0; i < MAX_PINS; i++)
+        drain(pins[i][0]);
     for (int i = 0; i < MAX_SEGMENTS; i++)
         if (attached[i])
             shmdt(attached[i]);
@@ -683,7 +812,7 @@ static void greet(void)
     close(fd);
     munmap((void *)page, PAGE);
     if (has_pfn)
-        kpagecount = open("/proc/kpagecount", O_RDONLY | O_CLOEXEC);
+        kpagecount = open("/proc/kpagecount", O_RDONLY | O_CLOEXEC), kpageflags = open("/proc/kpageflags", O_RDONLY | O_CLOEXEC);
     uint32_t greeting[4] = {0x6f696f70, has_scan, has_pfn, kpagecount >= 0};
     write_all(1, greeting, sizeof greeting);
 }
@@ -700,10 +829,16 @@ int main(void)
     if (prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0))
         die("PR_SET_THP_DISABLE");
     prctl(PR_SET_PDEATHSIG, SIGKILL);
+    own_file = open("/proc/self/exe", O_RDONLY | O_CLOEXEC);
+    if (own_file < 0)
+        die("/proc/self/exe");
     if (pipe2(from_worker, O_CLOEXEC))
         die("pipe");
     for (int i = 0; i < MAX_PROCESSES; i++)
         if (pipe2(to_worker[i], O_CLOEXEC))
+            die("pipe");
+    for (int i = 0; i <= MAX_PINS; i++)
+        if (pipe2(pins[i], O_CLOEXEC | O_NONBLOCK) || fcntl(pins[i][1], F_SETPIPE_SZ, 256 * PAGE) < 0)
             die("pipe");
     greet();
     while (!read_all(0, &program, sizeof program)) {

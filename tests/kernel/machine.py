@@ -10,24 +10,23 @@ from pathlib import Path
 
 import numpy as np
 
-from kernel.programs import BASE, PAGES
-
 SOURCE = Path(__file__).with_name("executor.c")
 OPCODES = {
     name: number
     for number, name in enumerate(
         ("mmap", "munmap", "mprotect", "mremap", "madvise", "msync", "brk", "read", "write", "fork", "exit",
-         "fread", "fwrite", "mlock", "munlock", "shmat", "shmdt"), 1)
+         "fread", "fwrite", "mlock", "munlock", "shmat", "shmdt", "truncate", "punch", "pin", "unpin", "remap",
+         "spawn"), 1)
 }
 STRAY, SIGNALLED, SKIPPED = -5000, -6000, -7000
 """Results that are no system call's: see executor.c."""
 PRESENT, SWAPPED, FILE, EXCLUSIVE, ZERO = 1, 2, 4, 8, 16
 """Bits of a page's state."""
 
-_PROGRAM = struct.Struct("<11Q")
+_PROGRAM = struct.Struct("<14Q")
 _OP = struct.Struct("<2q6Q")
 _OUTCOME = struct.Struct("<qII")
-_PROCESS = struct.Struct("<4I")
+_PROCESS = struct.Struct("<6I")
 _VMA = np.dtype([("start", "u8"), ("end", "u8"), ("offset", "u8"), ("prot", "u1"), ("shared", "u1"), ("file", "i1"),
                  ("heap", "u1"), ("pad", "u4")])
 _PAGE = np.dtype([("pfn", "u8"), ("mapcount", "u4"), ("page", "u2"), ("state", "u2")])
@@ -38,11 +37,13 @@ class State:
     """One process after an operation.
 
     ``vmas`` are tuples (start, end, offset, prot, shared, file); ``pages`` maps a page number of the window to a tuple
-    (pfn, mapcount, page, state).
+    (pfn, mapcount, page, state).  ``locked`` and ``swapped`` count pages of the whole process.
     """
 
     vmas: list
     pages: dict
+    locked: int = 0
+    swapped: int = 0
 
 
 @dataclass
@@ -67,8 +68,9 @@ def build(directory):
 
 def _encode(program):
     files = (*program.files, 0, 0)[:2]
-    parts = [_PROGRAM.pack(len(program.ops), BASE, PAGES, program.start_brk, *files, *(*program.segments, 0, 0)[:2],
-                           program.limit_as, program.limit_data, program.mappings)]
+    parts = [_PROGRAM.pack(len(program.ops), *program.window, program.start_brk, *files, *(*program.segments, 0, 0)[:2],
+                           program.limit_as, program.limit_data, program.mappings,
+                           program.limit_memlock, program.limit_stack, program.huge)]
     for name, process, *arguments in program.ops:
         arguments = [int(x) & (1 << 64) - 1 for x in arguments] + [0] * (6 - len(arguments))
         parts.append(_OP.pack(OPCODES[name], process, *arguments))
@@ -82,14 +84,14 @@ def _decode(frame, count):
         at += _OUTCOME.size
         states = {}
         for _ in range(processes):
-            process, vmas, pages, _ = _PROCESS.unpack_from(frame, at)
+            process, vmas, pages, locked, swapped, _ = _PROCESS.unpack_from(frame, at)
             at += _PROCESS.size
             table = np.frombuffer(frame, _VMA, vmas, at)
             at += table.nbytes
             lines = [row[:6] for row in table.tolist()]
             table = np.frombuffer(frame, _PAGE, pages, at)
             at += table.nbytes
-            states[process] = State(lines, {row[2]: row for row in table.tolist()})
+            states[process] = State(lines, {row[2]: row for row in table.tolist()}, locked, swapped)
         outcomes.append(Outcome(result, faults, states))
     return outcomes
 

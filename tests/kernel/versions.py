@@ -32,7 +32,7 @@ class Row:
     applies: Callable = lambda arguments: True
 
 
-MREMAP_FIXED, MAP_STACK = 2, 0x20000
+MREMAP_FIXED, MAP_GROWSDOWN, MAP_STACK = 2, 0x100, 0x20000
 TABLE = (
     Row("moves of several VMAs", (6, 17), "EFAULT; and some calls that fail do so with the other of EFAULT and EINVAL",
         "mremap", lambda a: a[3] & MREMAP_FIXED),
@@ -44,6 +44,8 @@ TABLE = (
         "stays accounted, and apart from memory that never was", "boundaries"),
     Row("stacks have no huge pages", (6, 7), "MAP_STACK does nothing", "mmap", lambda a: a[3] & MAP_STACK),
     Row("the zero page can be told from others (PAGEMAP_SCAN)", (6, 7), "it cannot", "zero"),
+    Row("get_user_pages leaves stacks as they are", (6, 5), "pins, mlock and populating below one make it grow",
+        "mmap", lambda a: a[3] & MAP_GROWSDOWN),
 )
 
 
@@ -69,3 +71,26 @@ def unsupported():
         if f.read().strip() != "0":
             return "vm.overcommit_memory is not 0: MAP_NORESERVE and accounting differ, and with them merges"
     return None
+
+
+def _meminfo():
+    with open("/proc/meminfo") as f:
+        return {line.split(":")[0]: int(line.split()[1]) for line in f}
+
+
+def no_swap(sees):
+    """Return why pages cannot be swapped out in the programs, or None; `sees` is what `machine.Kernel` may see."""
+    info = _meminfo()
+    if info["SwapTotal"] == 0:
+        return "no swap is on"
+    if info["SwapFree"] < info["SwapTotal"] * 3 // 4 + 4096:
+        return "swap is too full: when half of it is used the kernel frees slots earlier"
+    if "pfn" not in sees:
+        return "only CAP_SYS_ADMIN sees when a page has been written to swap"
+    return None
+
+
+def huge_pages():
+    """Return how many huge pages are there for a program."""
+    info = _meminfo()
+    return max(info.get("HugePages_Free", 0) - info.get("HugePages_Rsvd", 0), 0) if info.get("Hugepagesize") == 2048 else 0
