@@ -140,10 +140,15 @@ cdef bint anon_inherit(VMArea *to, const VMArea *source) noexcept nogil:
     return done
 
 
-cdef void vma_remove(MM *mm, VMArea *vma) noexcept nogil:
+cdef void vma_leave(MM *mm, VMArea *vma) noexcept nogil:
+    """Out of the address space, with its pages gone; the caller frees it."""
     if vma.flags & VM_RESERVED:
         huge_unreserve(vma)
     vma_erase(mm, vma)
+
+
+cdef void vma_remove(MM *mm, VMArea *vma) noexcept nogil:
+    vma_leave(mm, vma)
     vma_free(vma)
 
 

@@ -222,6 +222,7 @@ cdef struct MM:
     pthread_mutex_t lock
     u64 hooked                  # live chain cells: nonzero if any chain exists, on it or on a VMA.  All a hook site tests
     Table *root                 # page table
+    VMArea *replaced            # by the mapping call that is going on, and its to free; NULL between calls
     Table *huge                 # that of huge pages (see huge.pxd); NULL: never needed
     Memory *mem
     Node *tree                  # the root

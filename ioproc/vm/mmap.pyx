@@ -39,21 +39,41 @@ cdef int unmap_prepare(MM *mm, u64 start, u64 end) noexcept nogil:
     return 0
 
 
-cdef void unmap_prepared(MM *mm, u64 start, u64 end) noexcept nogil:
-    """The hook, the pages, the VMAs."""
-    cdef VMArea *vma = vma_first_in(mm, start, end)
+cdef VMArea *unmap_detach(MM *mm, u64 start, u64 end) noexcept nogil:
+    """The hook, the pages; the VMAs leave the address space, and are the caller's to free: a list by `next`."""
+    cdef VMArea *first = vma_first_in(mm, start, end)
+    cdef VMArea *vma = first
     cdef VMArea *next
     cdef FrameBatch batch
     if vma == NULL:
-        return
+        return NULL
     fire_range(mm, INVALIDATE_RANGE, vma, start, end)
     batch_begin(&batch, mm.mem, 0)
     zap_range(mm, start, end, &batch)
     batch_end(&batch)
     while vma != NULL:
         next = vma_next_in(vma, end)
-        vma_remove(mm, vma)
+        vma_leave(mm, vma)
+        vma.next = next
         vma = next
+    return first
+
+
+cdef void vmas_free(VMArea *vma) noexcept nogil:
+    cdef VMArea *next
+    while vma != NULL:
+        next = vma.next
+        vma_free(vma)
+        vma = next
+
+
+cdef void replaced_free(MM *mm) noexcept nogil:
+    vmas_free(mm.replaced)
+    mm.replaced = NULL
+
+
+cdef void unmap_prepared(MM *mm, u64 start, u64 end) noexcept nogil:
+    vmas_free(unmap_detach(mm, start, end))
 
 
 cdef int unmap_range(MM *mm, u64 start, u64 end) noexcept nogil:
@@ -119,6 +139,7 @@ cdef i64 map_range(MM *mm, u64 addr, u64 length, u64 flags, FileCache *file, u64
     """Map [addr, addr + length), unmapping what is there.  `only_grow`: brk, which extends its predecessor or nobody."""
     cdef u64 end = addr + length
     cdef VMArea *vma
+    cdef VMArea *old
     cdef Proposed want
     cdef u64 replaced = 0
     cdef int error = unmap_prepare(mm, addr, end)
@@ -137,12 +158,16 @@ cdef i64 map_range(MM *mm, u64 addr, u64 length, u64 flags, FileCache *file, u64
     if vma == NULL:
         return -ENOMEM
     vma.attach = attach
-    unmap_prepared(mm, addr, end)
-    if flags & VM_HUGETLB:
-        error = huge_reserve(vma)           # too late for what was mapped here, as in the kernel
-        if error:
-            vma_free(vma)
-            return error
+    old = unmap_detach(mm, addr, end)
+    if flags & VM_HUGETLB:                  # as in the kernel: too late for what was mapped here
+        error = huge_reserve(vma)
+        mm.replaced = old                   # and too early for its files, which go at the end of the call
+    else:
+        vmas_free(old)
+    if error:
+        replaced_free(mm)
+        vma_free(vma)
+        return error
     want.start = addr
     want.end = end
     want.pgoff = pgoff
@@ -237,6 +262,7 @@ cdef i64 mm_mmap(MM *mm, u64 addr, u64 length, u64 prot, u64 flags, FileCache *f
         file_put(made)
     if result >= 0 and (flags & MAP_LOCKED or flags & (MAP_POPULATE | MAP_NONBLOCK) == MAP_POPULATE):
         populate(mm, addr, addr + length, False)
+    replaced_free(mm)
     return result
 
 

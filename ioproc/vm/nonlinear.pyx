@@ -40,6 +40,7 @@ cdef int mm_remap_file_pages(MM *mm, u64 start, u64 length, u64 pgoff) noexcept 
     if result < 0:
         return <int> result
     populate(mm, start, end, False)
+    replaced_free(mm)
     return 0
 
 
