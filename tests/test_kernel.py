@@ -73,6 +73,8 @@ def compare_all(vm, programs, executor, capsys, note=""):
                 operations += compare(vm, program, outcomes, kernel.sees, versions.differing(), huge_pages)
             except Difference as found:
                 if smaller := shrunk(vm, program, executor):
+                    if program.swaps and (no_swap := versions.no_swap(kernel.sees)):
+                        smaller = f"{no_swap}, by now\n{smaller}"
                     pytest.fail(f"seed {SEED}, program {index}: {smaller}", pytrace=False)
                 transient += 1
                 if transient > 2 + index // 1000:
