@@ -1,4 +1,4 @@
-"""Each allocation of the core fails once, alone and with all that follow in the same call: nothing is lost, the next call works."""
+"""Each allocation of the core fails, alone or with all that follow in the same call: nothing is lost, the next call works."""
 import os
 import subprocess
 import sys
@@ -119,5 +119,6 @@ def test_each_allocation_fails_once(tmp_path):
     shim = tmp_path / "failing_malloc.so"
     source = Path(__file__).parent / "native/failing_malloc.c"
     subprocess.run([os.environ.get("CC", "cc"), "-O1", "-shared", "-fPIC", "-o", shim, source], check=True)
-    run = subprocess.run([sys.executable, "-c", SCRIPT], env={**os.environ, "LD_PRELOAD": str(shim)}, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", SCRIPT], env={**os.environ, "LD_PRELOAD": str(shim)},
+                         capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
