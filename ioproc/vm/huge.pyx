@@ -166,7 +166,7 @@ cdef void huge_own(Frame *frame, VMArea *vma, u64 addr) noexcept nogil:
 cdef bint huge_take_back(MM *mm, VMArea *vma, u64 addr, u64 pfn) noexcept nogil:
     """
     The pool is empty, and the owner of a reservation is to write to the page it was spent on: whoever else maps it since a
-    fork loses it, and is told.  False: some of them are in use, and are not waited for.
+    fork loses it for good, and is told.  False: some of them are in use, and are not waited for.
     """
     cdef Memory *mem = mm.mem
     cdef Frame *frame = huge_frame(mem, pfn)
@@ -184,6 +184,7 @@ cdef bint huge_take_back(MM *mm, VMArea *vma, u64 addr, u64 pfn) noexcept nogil:
             if spot.vma.mm != mm:
                 fire_page(spot.vma.mm, INVALIDATE_PAGE, spot.vma, spot.addr)
                 spot.pte[0] = 0
+                spot.vma.flags |= VM_ROBBED
                 entry_dropped(spot.vma.mm.huge, spot.addr >> 9)
                 atomic_sub(&frame.counts, 1)
     scan_unlock(&scan)
@@ -305,6 +306,10 @@ cdef int huge_fault(MM *mm, VMArea *vma, u64 addr, bint write) noexcept nogil:
     pte = &leaf.entry[table_index(addr >> 9, 0)]
     if pte[0] & PTE_PRESENT:
         return huge_write_fault(mm, vma, addr, pte, True)
+    if vma.flags & VM_ROBBED:               # whatever the pool has: who lost a page gets no other
+        if leaf.used == 0:
+            leaf_drop(mm.huge, addr >> 9)
+        return ACCESS_BUS
     # fork copies the entries of a VMA with an AnonVMA: one that only shows the page cache needs none
     if not shared and (write or not huge_is_cached(vma.file, at)) and not anon_prepare(vma):
         why = ACCESS_OOM

@@ -137,7 +137,7 @@ cdef bint fork_vmas(MM *parent, MM *child) noexcept nogil:
     cdef bint copied, done
     while vma != NULL:
         if not vma.flags & VM_DONTCOPY:
-            copy = vma_new(child, vma.start, vma.end, vma.pgoff, vma.flags & ~<u64> (VM_LOCKED | VM_RESERVED), vma.file)
+            copy = vma_new(child, vma.start, vma.end, vma.pgoff, vma.flags & ~<u64> (VM_LOCKED | VM_RESERVED | VM_ROBBED), vma.file)
             if copy == NULL:
                 return False
             copy.attach = vma.attach

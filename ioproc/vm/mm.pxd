@@ -57,6 +57,7 @@ cdef enum:
     VM_NORESERVE = 0x200000
     VM_SYSV_SHM = 0x400000      # an attached shared-memory segment: what shmdt looks for
     VM_RESERVED = 0x80000       # hugetlb, private: its pages are reserved (see huge.pxd)
+    VM_ROBBED = 0x8000000       # hugetlb: the owner of a reservation has taken a page away here
     VM_HUGETLB = 0x1000000
     VM_NONLINEAR = 0x800000     # 2.6.12's remap_file_pages: pages in any order
     VM_WIPEONFORK = 0x2000000
