@@ -31,7 +31,6 @@ HISTORY_EVENTS = 200_000
 RECORDED = "hpcc.ioproc.xz"     # of the histories shipped with the package
 TURN = 5                        # repetitions, of which the median counts: the first find cold caches
 M_TRIM_THRESHOLD = -1
-MADV_PAGEOUT = 21
 
 
 @dataclass(frozen=True)
@@ -260,7 +259,7 @@ def pageout(pages=PAGES):
         return mm, addr
 
     return Workload("pageout", pages, prepare,
-                    lambda mm, addr: mm.madvise(addr, length, MADV_PAGEOUT), lambda mm, addr: mm.exit())
+                    lambda mm, addr: mm.madvise(addr, length, ioproc.MADV_PAGEOUT), lambda mm, addr: mm.exit())
 
 
 def hooksite(pages=PAGES):
@@ -351,8 +350,8 @@ def replay_recorded(history=RECORDED):
 
 
 WORKLOADS = {w.__name__: w for w in (
-    touch, unmap, fork, cow, cow_contents, fault_reclaim, swapin_write, swapin_read, reclaim, reclaim_16, pageout, truncate, punch,
-    mlock, pin, hugetlb, hooksite, dispatch, replay, replay_recorded)}
+    touch, unmap, fork, cow, cow_contents, fault_reclaim, swapin_write, swapin_read, reclaim, reclaim_16, pageout, truncate,
+    punch, mlock, pin, hugetlb, hooksite, dispatch, replay, replay_recorded)}
 
 
 def _resident() -> int:

@@ -221,8 +221,8 @@ def check_memory(PhysicalMemory memory not None, spaces):
                     raise AssertionError(f"frame {pfn}: mapped without an owner")
             elif mem.frames[pfn].contents != NULL:
                 raise AssertionError(f"frame {pfn}: free with contents")
-        if used != mem.nframes - mem.nfree or mem.nfree != mem.nreturned + mem.nframes + 1 - mem.fresh:
-            raise AssertionError(f"{used} frames used, {mem.nfree} free of {mem.nframes}")
+        if used + frames_free(mem) != mem.nframes:
+            raise AssertionError(f"{used} frames used, {frames_free(mem)} free of {mem.nframes}")
         used = 0
         for number in range(mem.nhuge):
             used += mem.huge[number].counts != 0

@@ -16,7 +16,9 @@ cdef Memory *memory_new(u64 frames, u64 swap_slots, u64 huge_pages) noexcept nog
     mem.slots = <Slot *> calloc(swap_slots + 1, sizeof(Slot))
     mem.slot_of = <u32 *> calloc(frames + 1 if swap_slots else 1, sizeof(u32))
     mem.free_slots = <u32 *> calloc(swap_slots + 1, sizeof(u32))
-    if mem.frames == NULL or mem.returned == NULL or mem.slots == NULL or mem.slot_of == NULL or mem.free_slots == NULL:
+    pthread_mutex_init(&mem.pool_lock, NULL)
+    if (mem.frames == NULL or mem.returned == NULL or mem.slots == NULL or mem.slot_of == NULL or mem.free_slots == NULL
+            or pool_make(mem, 0) == NULL):
         memory_release(mem)
         return NULL
     # a big one is filled by long runs of faults: huge pages save the host's own
@@ -26,7 +28,6 @@ cdef Memory *memory_new(u64 frames, u64 swap_slots, u64 huge_pages) noexcept nog
     if not huge_pool_new(mem, huge_pages):
         memory_release(mem)
         return NULL
-    mem.nfree = frames
     mem.fresh = 1
     mem.hand = 1
     mem.nslots = swap_slots
@@ -37,12 +38,18 @@ cdef Memory *memory_new(u64 frames, u64 swap_slots, u64 huge_pages) noexcept nog
 
 
 cdef void memory_release(Memory *mem) noexcept nogil:
+    cdef int i
     if mem.victims != NULL:
         free(mem.victims.rows)
         free(mem.victims)
     device_free(mem)
     free(mem.huge)
     free(mem.huge_stack)
+    for i in range(POOLS):
+        if mem.pools[i] != NULL:
+            pthread_mutex_destroy(&mem.pools[i].lock)
+            free(mem.pools[i])
+    pthread_mutex_destroy(&mem.pool_lock)
     free(mem.frames)
     free(mem.returned)
     free(mem.slots)

@@ -103,8 +103,8 @@ cdef class PhysicalMemory:
         cdef u64 left, swap_used, huge_free, huge_reserved
         cdef ReclaimCounts counts
         with nogil:
+            left = frames_free(self.mem)
             pthread_mutex_lock(&self.mem.lock)
-            left = self.mem.nfree
             swap_used = self.mem.swap_used
             counts = self.mem.reclaim
             huge_free = self.mem.huge_free

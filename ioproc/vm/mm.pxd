@@ -109,18 +109,29 @@ cdef struct Victims:            # for tests: what reclaim took (see _core.victim
     u64 room
     bint failed                 # no memory for a row
 
+cdef enum:
+    POOLS = 16
+    POOL_FRAMES = 1 << 15
+
+cdef struct Pool:               # free frames of the threads that come here: warm in their caches, out of others' way
+    pthread_mutex_t lock
+    u64 n
+    u32 pfn[POOL_FRAMES]        # a stack
+
 cdef struct Memory:
     Frame *frames               # frames[0] is the zero page
     u64 nframes                 # usable ones: 1 .. nframes
-    u64 fresh                   # the lowest never used
-    u32 *returned               # free ones that were used, a stack; touched only as frames come back
-    u64 nreturned
-    u64 nfree
-    u64 hand                    # of reclaim's clock: the next frame it looks at
     Slot *slots                 # slots[0] is not used
     u32 *slot_of                # by pfn: the slot of a frame in the swap cache
     u32 *free_slots             # those that were used, a stack
     u64 nslots
+    Pool *pools[POOLS]          # made when the first of its threads comes
+    # so far what never changes: what does is not on its cache line
+    pthread_mutex_t pool_lock   # for what no pool has: the next three
+    u64 fresh                   # the lowest never used
+    u32 *returned               # free ones that were used, a stack; touched only as frames come back
+    u64 nreturned
+    u64 hand                    # of reclaim's clock: the next frame it looks at
     u64 fresh_slot              # the lowest never used
     u64 nfree_slots             # in free_slots
     u64 swap_used

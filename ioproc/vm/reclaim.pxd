@@ -7,7 +7,7 @@ from libc.stdint cimport uint32_t as u32, uint64_t as u64
 from libc.stdlib cimport free, malloc, realloc
 from ioproc.hooks.chain cimport INVALIDATE_PAGE, unlikely
 from ioproc.vm.fire cimport fire_page
-from ioproc.vm.frames cimport ONE_REFERENCE, mapcount_of, pool_give, references_of
+from ioproc.vm.frames cimport ONE_REFERENCE, frames_free, mapcount_of, pool_give, references_of
 from ioproc.vm.huge cimport huge_entry
 from ioproc.vm.mm cimport (
     HOOKED, MM, OWNER_ANON, OWNER_BITS, OWNER_DIRTY, PAGE_SHIFT, PTE_DIRTY, PTE_EXCLUSIVE, PTE_UNCOUNTED, PTE_YOUNG,
@@ -228,6 +228,7 @@ cdef inline void frame_back_to_pool(Memory *mem, Frame *frame, u64 pfn) noexcept
 cdef inline bint reclaim_anonymous(Scan *scan, Frame *frame, u64 owner, u64 pfn) noexcept nogil:
     cdef Memory *mem = scan.mem
     cdef u64 slot = mem.slot_of[pfn] if mem.nslots else 0
+    cdef bint cached = slot != 0            # the slot has the contents still
     cdef bint unwanted = not (owner & OWNER_DIRTY or scan_bits(scan) & PTE_DIRTY)      # MADV_FREE, and not written since
     if slot == 0 and not unwanted:
         slot = slot_take(mem)
@@ -235,19 +236,22 @@ cdef inline bint reclaim_anonymous(Scan *scan, Frame *frame, u64 owner, u64 pfn)
             return False
         mem.slots[slot].pfn = 0
         mem.slots[slot].count = 0
-    scan_unmap(scan, slot)
-    if slot == 0:
-        mem.reclaim.discarded += 1
-        free(frame.contents)
-    elif mem.slots[slot].pfn:               # the slot has the contents still
-        mem.slots[slot].pfn = 0
-        mem.slot_of[pfn] = 0
-        free(frame.contents)
-    else:
-        mem.slots[slot].contents = frame.contents
+    # first, for hooks may run: others who have entries of the slot may fault or give them up meanwhile
     if slot:
         mem.slots[slot].count += <u32> scan.nspots
+    if cached:
+        mem.slots[slot].pfn = 0
+        mem.slot_of[pfn] = 0
+        atomic_sub(&frame.counts, ONE_REFERENCE)
+    scan_unmap(scan, slot)
+    if slot and not cached:
+        mem.slots[slot].contents = frame.contents
+    else:
+        free(frame.contents)
+    if slot:
         mem.reclaim.swapped_out += scan.nspots != 0
+    else:
+        mem.reclaim.discarded += 1
     frame_back_to_pool(mem, frame, pfn)
     return True
 
@@ -265,6 +269,7 @@ cdef inline bint reclaim_cached(Scan *scan, Frame *frame, u64 owner, u64 pfn) no
     cdef u64 addr = frame.index << PAGE_SHIFT
     cdef u64 slot = 0
     cdef u64 entry = 0
+    cdef u64 left
     cdef Table *leaf
     if dirty and file_is_shmem(file):
         slot = slot_take(mem)
@@ -273,10 +278,14 @@ cdef inline bint reclaim_cached(Scan *scan, Frame *frame, u64 owner, u64 pfn) no
     if dirty:
         atomic_or(&frame.owner, OWNER_DIRTY)         # the entries' dirty bits go
     scan_unmap(scan, 0)
-    if atomic_sub(&frame.counts, scan.nspots) != ONE_REFERENCE:
-        if slot:                            # somebody mapped it again meanwhile
+    left = atomic_sub(&frame.counts, scan.nspots)
+    if left != ONE_REFERENCE or (not dirty and atomic_load(&frame.owner) & OWNER_DIRTY):
+        if slot:                            # somebody mapped it again meanwhile, wrote to it, or cut it off the file
             slot_give(mem, slot)
-        return False
+        if left == 0:
+            free(frame.contents)
+            frame_back_to_pool(mem, frame, pfn)
+        return left == 0
     if slot:
         mem.slots[slot].contents = frame.contents
         mem.slots[slot].count = 1
@@ -340,10 +349,10 @@ cdef inline u64 reclaim(Memory *mem, u64 n) noexcept nogil:
     pthread_mutex_lock(&mem.lock)
     if unlikely(mem.victims != NULL):
         victim_note(mem, VICTIM_BATCH, 0)
-    left = 2 * (mem.fresh - 1)
+    left = 2 * (atomic_load(&mem.fresh) - 1)
     while freed < n and left:
         left -= 1
-        if mem.hand >= mem.fresh:
+        if mem.hand >= atomic_load(&mem.fresh):
             mem.hand = 1
         pfn = mem.hand
         mem.hand += 1
@@ -360,10 +369,6 @@ cdef inline u64 reclaim(Memory *mem, u64 n) noexcept nogil:
 cdef inline bint reclaim_some(Memory *mem) noexcept nogil:
     """There was no frame: is it worth another try?  A few at once, or a small part of a small memory."""
     cdef u64 part = mem.nframes >> 4
-    cdef bint some
     if reclaim(mem, 1 if part == 0 else part if part < RECLAIM_BATCH else RECLAIM_BATCH):
         return True
-    pthread_mutex_lock(&mem.lock)
-    some = mem.nfree > 0                    # another thread gave some back
-    pthread_mutex_unlock(&mem.lock)
-    return some
+    return frames_free(mem) != 0            # another thread gave some back
