@@ -188,7 +188,8 @@ cdef inline bint scan_frame(Scan *scan, const Frame *frame, u64 owner, u64 pfn) 
             if not scan_vma(scan, vma, index, pfn):
                 return False
             vma = vma.file_above
-    return scan.nspots == mapcount_of(atomic_load(&frame.counts))
+    # a frame found nowhere is not ours to take, though its count be 0 by now: who unmapped it frees it
+    return scan.nspots == mapcount_of(atomic_load(&frame.counts)) and (scan.nspots > 0 or mapped == 0)
 
 
 cdef inline void spot_unmap(Spot *spot, u64 slot) noexcept nogil:
