@@ -1,7 +1,7 @@
 """Build ioproc._core.  Debug switches, all environment variables set to 1:
 
 IOPROC_DEBUG      bounds checks and the core's own assertions: a wrong index traps
-IOPROC_LINETRACE  line tracing, for coverage of the core
+IOPROC_COVERAGE   counts of executed lines, for gcov: tests/coverage.sh
 IOPROC_SANITIZE   AddressSanitizer and UndefinedBehaviorSanitizer; "thread": ThreadSanitizer instead
 IOPROC_NO_HOOKS   hook sites compiled out: what hooks cost everybody else is measured against this
 """
@@ -11,9 +11,9 @@ from pathlib import Path
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 
-SWITCHES = ("DEBUG", "LINETRACE", "SANITIZE", "NO_HOOKS")
+SWITCHES = ("DEBUG", "COVERAGE", "SANITIZE", "NO_HOOKS")
 on = {name for name in SWITCHES if os.environ.get("IOPROC_" + name, "0") not in ("", "0")}
-debug, linetrace, sanitize, no_hooks = (name in on for name in SWITCHES)
+debug, coverage, sanitize, no_hooks = (name in on for name in SWITCHES)
 sanitizers = "thread" if os.environ.get("IOPROC_SANITIZE") == "thread" else "address,undefined"
 state = sorted(on) + [sanitizers] * sanitize
 
@@ -28,13 +28,14 @@ if changed:
 compile_args = ["-O3", "-std=c11", "-D_GNU_SOURCE", "-fno-strict-aliasing", "-fvisibility=hidden"]
 link_args = ["-pthread"]
 macros = []
-if debug or linetrace or sanitize:
+if debug or sanitize:
     compile_args += ["-O1"]
 if debug:
     compile_args += ["-UNDEBUG", "-fsanitize=bounds", "-fsanitize-undefined-trap-on-error"]
     macros += [("IOPROC_DEBUG", "1")]
-if linetrace:
-    macros += [("CYTHON_TRACE", "1"), ("CYTHON_TRACE_NOGIL", "1")]
+if coverage:
+    compile_args += ["-O0", "--coverage", "-fprofile-update=atomic"]
+    link_args += ["--coverage"]
 if sanitize:
     compile_args += ["-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined", "-fsanitize=" + sanitizers]
     link_args += ["-fsanitize=" + sanitizers]
@@ -54,7 +55,8 @@ core = Extension(
 setup(
     ext_modules=cythonize(
         [core],
-        build_dir=None if linetrace else "build",   # coverage looks for the C file beside the source
+        build_dir="build",
+        emit_linenums=coverage,     # counts are then those of the Cython sources' lines
         compiler_directives={
             "language_level": "3",
             "boundscheck": debug,
@@ -63,7 +65,6 @@ setup(
             "nonecheck": debug,
             "cdivision": True,
             "embedsignature": True,
-            "linetrace": linetrace,
             "binding": True,
             "auto_pickle": False,       # live objects: there is nothing to pickle
             "autotestdict": False,

@@ -148,6 +148,11 @@ def take_turns(commands: dict[str, tuple], rounds=ROUNDS, launches=LAUNCHES) -> 
     return {side: np.array(values) for side, values in samples.items()}
 
 
+def works(command) -> bool:
+    """Does the program run here, with what the machine has?"""
+    return subprocess.run(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
+
+
 def pair(name, units, kernel=False, **turns) -> dict[str, np.ndarray]:
     """Run the model's workload, the C program of the same name and, if asked, the kernel's, in turns.
 

@@ -17,6 +17,7 @@ import threads
 import workloads
 
 ROWS = []
+KERNEL_SWAP_PAGES = 4096
 
 
 def row(what, target, measured, ok=None, **figures):
@@ -31,16 +32,45 @@ def interval(r: paired.Ratio) -> str:
 
 
 def against_c(what, name, limit, units=workloads.PAGES, kernel=None, **turns):
-    """Compare a workload with the C program, and with the kernel; `kernel` is the factor to reach, 0: any."""
+    """Compare with the C program, and with the kernel; `limit` and `kernel` are the factors to reach, 0: any."""
     samples = paired.pair(name, units, kernel is not None, **turns)
     r = paired.compare(samples["model"], samples["c"])
-    row(what, f"at most {limit:.2f}x C", f"{r.a:.2f} ns, C {r.b:.2f} ns: {interval(r)}", r.ratio <= limit,
-        **r._asdict())
+    row(what, f"at most {limit:.2f}x C" if limit else "reported", f"{r.a:.2f} ns, C {r.b:.2f} ns: {interval(r)}",
+        r.ratio <= limit if limit else None, **r._asdict())
     if kernel is not None:
         r = paired.compare(samples["kernel"], samples["model"])
         row(f"{what}, against the running kernel", f"at least {kernel}x faster" if kernel else "reported",
             f"kernel {r.a:.0f} ns: {r.ratio:.0f}x [{r.low:.0f}, {r.high:.0f}]",
             r.ratio >= kernel if kernel else None, **r._asdict())
+
+
+def against_kernel(what, name, model_units, units, **turns):
+    """Compare with the kernel alone, on fewer units; a row only where the machine has the swap or the huge pages for it."""
+    kernel = paired.c_command(f"kernel_{name}", units)
+    if paired.works([*kernel, 1]):
+        samples = paired.take_turns({"model": (paired.model_command(name, model_units),), "kernel": (kernel,)}, **turns)
+        r = paired.compare(samples["kernel"], samples["model"])
+        row(f"{what}, against the running kernel", "reported",
+            f"kernel {r.a:.0f} ns: {r.ratio:.0f}x [{r.low:.0f}, {r.high:.0f}]", **r._asdict())
+
+
+def pressure(**turns):
+    against_c("fault with reclaim", "fault_reclaim", 1.5, **turns)
+    for what, name in (("swap-in by a write", "swapin_write"), ("swap-in by a read", "swapin_read"),
+                       ("reclaim of a page, mapped once", "reclaim"), ("the same, mapped by 16", "reclaim_16"),
+                       ("MADV_PAGEOUT of a page", "pageout")):
+        against_c(what, name, 0, **turns)
+        if name in {"swapin_read", "pageout"}:
+            against_kernel(what, name, workloads.PAGES, KERNEL_SWAP_PAGES, **turns)
+
+
+def others(**turns):
+    for what, name in (("truncation, per page of 16 mappers", "truncate"), ("hole, per page of 16 mappers", "punch"),
+                       ("mlock of an untouched page", "mlock"), ("pin and unpin of a page", "pin")):
+        against_c(what, name, 0, **turns)
+    what = "huge page mapped, written to, unmapped"
+    against_c(what, "hugetlb", 0, units=workloads.HUGE_PAGES, **turns)
+    against_kernel(what, "hugetlb", workloads.HUGE_PAGES, 2, **turns)
 
 
 def hooksites(**turns):
@@ -116,6 +146,8 @@ def main() -> int:
     against_c("fork, per page", "fork", 1.25, kernel=10, **turns)
     against_c("copy-on-write break", "cow", 1.25, **turns)
     against_c("copy-on-write break with contents", "cow_contents", 1.25, kernel=0, **turns)
+    pressure(**turns)
+    others(**turns)
     replays(**turns)
     memory()
     scale(1_000_000 if arguments.quick else 100_000_000, **({"rounds": 2, "launches": 1} if arguments.quick else {}))

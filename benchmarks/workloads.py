@@ -26,6 +26,7 @@ from ioproc.trace import EVENT, Access, Op, Trace
 
 PAGE = 4096
 PAGES = 16384                   # the touched memory's frames and tables fit the second-level cache
+HUGE_PAGES = 2048
 HISTORY_EVENTS = 200_000
 RECORDED = "hpcc.ioproc.xz"     # of the histories shipped with the package
 TURN = 5                        # repetitions, of which the median counts: the first find cold caches
@@ -131,6 +132,134 @@ def cow(pages=PAGES, contents=False):
 def cow_contents(pages=PAGES):
     """Write to each page after a fork, with contents to copy."""
     return cow(pages, contents=True)
+
+
+def fault_reclaim(pages=PAGES):
+    """Write to twice `pages` pages, around and around, in a memory of `pages` frames: each fault swaps in, a batch reclaims."""
+    mem = ioproc.PhysicalMemory(frames=pages, swap_slots=2 * pages)
+    length = 2 * pages * PAGE
+
+    def prepare():
+        mm, addr = _mapped(mem, 2 * pages)
+        mm.touch(addr, length, write=True)
+        return mm, addr
+
+    return Workload("fault_reclaim", 2 * pages, prepare,
+                    lambda mm, addr: mm.touch(addr, length, write=True), lambda mm, addr: mm.exit())
+
+
+def swapin_write(pages=PAGES, write=True):
+    """Write to swapped-out pages."""
+    mem = ioproc.PhysicalMemory(frames=pages + 64, swap_slots=pages)
+    length = pages * PAGE
+
+    def prepare():
+        mm, addr = _mapped(mem, pages)
+        mm.touch(addr, length, write=True)
+        mem.reclaim(pages)
+        return mm, addr
+
+    return Workload("swapin_write" if write else "swapin_read", pages, prepare,
+                    lambda mm, addr: mm.touch(addr, length, write=write), lambda mm, addr: mm.exit())
+
+
+def swapin_read(pages=PAGES):
+    """Read swapped-out pages."""
+    return swapin_write(pages, write=False)
+
+
+def reclaim(pages=PAGES, mappers=1):
+    """Reclaim pages that have just been used: the clock's first turn passes them over, the second takes them."""
+    mem = ioproc.PhysicalMemory(frames=pages + 64, swap_slots=pages)
+
+    def prepare():
+        mm, addr = _mapped(mem, pages)
+        mm.touch(addr, pages * PAGE, write=True)
+        return mm, *(mm.fork() for _ in range(mappers - 1))
+
+    def finish(*spaces):
+        for mm in spaces:
+            mm.exit()
+
+    return Workload("reclaim" if mappers == 1 else f"reclaim_{mappers}", pages, prepare,
+                    lambda *spaces: mem.reclaim(pages), finish)
+
+
+def reclaim_16(pages=PAGES):
+    """Reclaim pages that a process and its 15 children map."""
+    return reclaim(pages, mappers=16)
+
+
+def truncate(pages=PAGES, mappers=16, punch=False):
+    """Truncate a file that 16 address spaces map to nothing, or make all of it a hole; `pages` are of all of them together."""
+    each = pages // mappers
+    length = each * PAGE
+    mem = ioproc.PhysicalMemory(frames=each + 64)
+    file = ioproc.File(mem, length)
+    spaces = [ioproc.AddressSpace(mem) for _ in range(mappers)]
+    addrs = [mm.mmap(length, flags=mmap.MAP_SHARED, file=file) for mm in spaces]
+
+    def prepare():
+        file.truncate(length)
+        for mm, addr in zip(spaces, addrs, strict=True):
+            mm.touch(addr, length, write=True)
+        return ()
+
+    return Workload("punch" if punch else "truncate", pages, prepare,
+                    (lambda: file.punch_hole(0, length)) if punch else (lambda: file.truncate(0)), lambda: None)
+
+
+def punch(pages=PAGES):
+    """Punch a hole as long as the file."""
+    return truncate(pages, punch=True)
+
+
+def mlock(pages=PAGES):
+    """Lock untouched memory: its pages are faulted in."""
+    mem = ioproc.PhysicalMemory(frames=pages + 64)
+    return Workload("mlock", pages, lambda: _mapped(mem, pages),
+                    lambda mm, addr: mm.mlock(addr, pages * PAGE), lambda mm, addr: mm.exit())
+
+
+def pin(pages=PAGES):
+    """Pin written pages and unpin them."""
+    mem = ioproc.PhysicalMemory(frames=pages + 64)
+    length = pages * PAGE
+
+    def prepare():
+        mm, addr = _mapped(mem, pages)
+        mm.touch(addr, length, write=True)
+        return mm, addr
+
+    return Workload("pin", pages, prepare,
+                    lambda mm, addr: mem.unpin(mem.pin(mm, addr, length)), lambda mm, addr: mm.exit())
+
+
+def hugetlb(pages=HUGE_PAGES):
+    """Map huge pages, write to each, unmap them."""
+    mem = ioproc.PhysicalMemory(frames=64, huge_pages=pages)
+    length = pages << 21
+
+    def run(mm):
+        addr = mm.mmap(length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | ioproc.MAP_HUGETLB)
+        mm.touch(addr, length, write=True)
+        mm.munmap(addr, length)
+
+    return Workload("hugetlb", pages, lambda: (ioproc.AddressSpace(mem),), run, lambda mm: mm.exit())
+
+
+def pageout(pages=PAGES):
+    """MADV_PAGEOUT of written pages."""
+    mem = ioproc.PhysicalMemory(frames=pages + 64, swap_slots=pages)
+    length = pages * PAGE
+
+    def prepare():
+        mm, addr = _mapped(mem, pages)
+        mm.touch(addr, length, write=True)
+        return mm, addr
+
+    return Workload("pageout", pages, prepare,
+                    lambda mm, addr: mm.madvise(addr, length, ioproc.MADV_PAGEOUT), lambda mm, addr: mm.exit())
 
 
 def hooksite(pages=PAGES):
@@ -328,7 +457,8 @@ def vma_lookup_dependent(vmas=1000):
 
 
 WORKLOADS = {w.__name__: w for w in (
-    touch, unmap, fork, cow, cow_contents, hooksite, dispatch, replay, replay_recorded,
+    touch, unmap, fork, cow, cow_contents, fault_reclaim, swapin_write, swapin_read, reclaim, reclaim_16, pageout, truncate,
+    punch, mlock, pin, hugetlb, hooksite, dispatch, replay, replay_recorded,
     vma_find, vma_split, vma_merge, vma_cut, vma_fill, vma_lookup, vma_lookup_dependent)}
 
 

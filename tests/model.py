@@ -165,13 +165,18 @@ class MM(VmaList, HugeMappings):
 
     def pagemap(self, addr, length):
         rows = np.zeros((addr % PAGE + length + PAGE - 1) // PAGE, PAGE_ROW)
-        for i, page in enumerate(range(addr // PAGE * PAGE, addr + length, PAGE)):
-            pte = self.ptes.get(page) or self.ptes.get(page // HUGE * HUGE)
+        first = addr // PAGE
+        for page, pte in self._entries(addr // HUGE * HUGE, addr + length).items():
+            n = 512 if isinstance(pte, Pte) and pte.frame.huge else 1
+            at = max(page // PAGE, first)
+            end = max(page // PAGE + n, first)
+            where = rows[at - first:end - first]
             if isinstance(pte, SwapEntry):
-                rows[i]["swapped"] = page in self.ptes
-            elif pte and (pte.frame.huge or page in self.ptes):
-                rows[i] = (True, False, pte.writable, pte.dirty, pte.young, pte.frame is self.mem.zero,
-                           len(pte.frame.mappings) > 1, pte.frame.pfn + page % len(pte.frame.data) // PAGE)
+                where["swapped"] = True
+            else:
+                where[:] = (True, False, pte.writable, pte.dirty, pte.young, pte.frame is self.mem.zero,
+                            len(pte.frame.mappings) > 1, 0)
+                where["pfn"] = pte.frame.pfn + at - page // PAGE + np.arange(len(where))
         return rows
 
     @property
@@ -225,7 +230,7 @@ class MM(VmaList, HugeMappings):
         if flags & MAP_GROWSDOWN and (kind != MAP_PRIVATE or not flags & MAP_ANONYMOUS):
             fail(errno.EINVAL)
 
-        vm_flags = Flag(prot & ACCESS) | Flag.MAYWRITE
+        vm_flags = prot & ACCESS | Flag.MAYWRITE
         vm_flags |= Flag.NORESERVE if flags & MAP_NORESERVE else 0
         vm_flags |= Flag.HUGETLB if huge else Flag.LOCKED if flags & MAP_LOCKED else 0
         vm_flags |= Flag.NOHUGEPAGE if flags & MAP_STACK else 0
@@ -265,7 +270,7 @@ class MM(VmaList, HugeMappings):
         if not length or len(self.list) > self.max_map_count:
             fail(errno.ENOMEM)
         addr = self._unmapped_area(addr or 0, length)
-        self._map(Vma(self, addr, addr + length, Flag(flags), addr // PAGE if pgoff is None else pgoff))
+        self._map(Vma(self, addr, addr + length, flags, addr // PAGE if pgoff is None else pgoff))
         vma = self.find(addr)
         self.fire("invalidate_range", vma, addr, addr + length)
         for page in range(length // PAGE):
@@ -400,6 +405,8 @@ class MM(VmaList, HugeMappings):
             if addr % PAGE or self.first(addr, addr + file.size):
                 fail(errno.EINVAL)
         length = align(file.size)
+        if not length:
+            fail(errno.EINVAL)
         if len(self.list) > self.max_map_count:
             fail(errno.ENOMEM)
         addr = self._unmapped_area(addr or 0, length, fixed=bool(addr))
@@ -448,7 +455,7 @@ class MM(VmaList, HugeMappings):
         at = addr
         while at < end:
             vma = self.find(at) or fail(errno.ENOMEM)
-            flags = vma.flags & ~ACCESS | Flag(prot & ACCESS)
+            flags = vma.flags & ~ACCESS | prot & ACCESS
             if flags & Flag.WRITE and not flags & Flag.MAYWRITE:
                 fail(errno.EACCES)
             stop = min(vma.end, end)
@@ -931,7 +938,8 @@ class MM(VmaList, HugeMappings):
             if vma.device:
                 continue
             try:
-                for page in range(max(start, vma.start), min(end, vma.end), vma.page_size):
+                size = vma.page_size
+                for page in range(max(start, vma.start) // size * size, min(end, vma.end), size):
                     self._fault(page, write)
             except (AccessError, MemoryError):
                 if strict:

@@ -115,8 +115,10 @@ class HugeMappings:
         pte = Pte(frame, writable, write, exclusive=not cached)
         if cached and write and not shared:
             pte = self._write_huge(vma, addr, at, pte, told=False)
+        else:
+            self._set(at, pte)
         self.faults["file" if cached else "anon"] += 1
-        return self._set(at, pte)
+        return pte
 
     @staticmethod
     def _huge_alone(frame):

@@ -283,7 +283,8 @@ class PhysicalMemory:
     # --- looking
 
     def mappings(self, pfn):
-        return [(mm.face, addr) for mm, addr in self._frame(pfn).mappings]
+        frame = self._frame(pfn)
+        return [(mm.face, addr + (pfn - frame.pfn) * PAGE) for mm, addr in frame.mappings]
 
     @property
     def stats(self):

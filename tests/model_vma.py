@@ -2,7 +2,6 @@
 import errno
 from collections import namedtuple
 from dataclasses import dataclass, field, replace
-from enum import IntFlag, auto
 
 from model_memory import HUGE, PAGE, WORD, File, fail
 
@@ -28,29 +27,29 @@ MS_ASYNC, MS_INVALIDATE, MS_SYNC = 1, 2, 4
 VMA = namedtuple("VMA", "start end prot flags file offset shared")     # what callbacks and vmas() show
 
 
-class Flag(IntFlag):
+class Flag:
     """What two VMAs must have in common to be one."""
 
     READ = 1
     WRITE = 2
     EXEC = 4
-    SHARED = auto()
-    MAYSHARE = auto()       # shared, even if only attached for reading
-    MAYWRITE = auto()
-    ACCOUNT = auto()        # private memory that was writable once: counted against overcommit
-    NORESERVE = auto()
-    LOCKED = auto()
-    RAND_READ = auto()
-    SEQ_READ = auto()
-    HUGEPAGE = auto()
-    NOHUGEPAGE = auto()
-    DONTDUMP = auto()
-    DONTCOPY = auto()       # fork leaves it out
-    WIPEONFORK = auto()     # fork's child finds it empty
-    GROWSDOWN = auto()      # a stack
-    PFNMAP = auto()         # device memory
-    HUGETLB = auto()
-    NONLINEAR = auto()      # shows its file's pages in any order (2.6.12)
+    SHARED = 1 << 3
+    MAYSHARE = 1 << 4       # shared, even if only attached for reading
+    MAYWRITE = 1 << 5
+    ACCOUNT = 1 << 6        # private memory that was writable once: counted against overcommit
+    NORESERVE = 1 << 7
+    LOCKED = 1 << 8
+    RAND_READ = 1 << 9
+    SEQ_READ = 1 << 10
+    HUGEPAGE = 1 << 11
+    NOHUGEPAGE = 1 << 12
+    DONTDUMP = 1 << 13
+    DONTCOPY = 1 << 14      # fork leaves it out
+    WIPEONFORK = 1 << 15    # fork's child finds it empty
+    GROWSDOWN = 1 << 16     # a stack
+    PFNMAP = 1 << 17        # device memory
+    HUGETLB = 1 << 18
+    NONLINEAR = 1 << 19     # shows its file's pages in any order (2.6.12)
 
 
 ACCESS = Flag.READ | Flag.WRITE | Flag.EXEC
@@ -98,7 +97,7 @@ class Vma:
     mm: object
     start: int
     end: int
-    flags: Flag
+    flags: int                      # of Flag
     pgoff: int                      # page number in the file; of anonymous memory, of the address it was born at
     file: File = None
     attach: object = None           # the shmat() it comes from
@@ -155,7 +154,7 @@ class Vma:
         kind = MAP_SHARED if self.flags & Flag.MAYSHARE else MAP_PRIVATE
         named = self.file is not None and not self.file.anonymous
         kind |= (0 if named or self.device else MAP_ANONYMOUS) | (MAP_HUGETLB if self.huge else 0)
-        return VMA(self.start, self.end, int(self.flags & ACCESS), kind,
+        return VMA(self.start, self.end, self.flags & ACCESS, kind,
                    self.file if named else None, 0 if self.anonymous else self.pgoff * PAGE,
                    bool(self.flags & Flag.MAYSHARE))
 

@@ -11,12 +11,13 @@ import hypothesis.strategies as st
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 import model
-from model import PAGE
+from model import HUGE, PAGE
 
 ARENA, ARENA_PAGES = 0x10000000, 24
 HEAP = ARENA + 16 * PAGE            # brk starts inside the arena and runs into what is mapped there
 FILES = [(5 * PAGE, False), (2 * PAGE + 100, False), (1, False), (6 * PAGE, True), (PAGE + 7, True)]     # size, memfd
 DEVICE = 0x100000                   # a page frame number of device memory
+HUGE_ARENA, HUGE_SLOTS = 0x20000000, 6      # for huge pages, of which few are enough
 SPACES = 6                          # address spaces alive at once
 LOOK = ["present", "swapped", "writable", "dirty", "young", "shared"]
 
@@ -27,9 +28,11 @@ class Side:
     def __init__(self, impl, limits):
         self.impl = impl
         options = {"start_brk": HEAP, **limits}
-        memory = {name: options.pop(name) for name in ("frames", "swap_slots") if name in limits}
+        memory = {name: options.pop(name) for name in ("frames", "swap_slots", "huge_pages") if name in limits}
         self.mem = impl.PhysicalMemory(**{"frames": 4096, **memory})
         self.files = [impl.File(self.mem, size, memfd=memfd) for size, memfd in FILES]
+        if "huge_pages" in limits:
+            self.files.append(impl.File(self.mem, 2 * HUGE, huge=True))
         self.options = options
         self.spaces = {}            # number -> address space, those alive
         self.shares = {}            # number -> the number of the one whose memory it has: another's after vfork
@@ -63,7 +66,8 @@ class Side:
         def record(vma, *args):
             start, end = args[:2] if len(args) > 1 else (args[0], args[0] + PAGE)
             mm = next(mm for number, mm in self.spaces.items() if self.shares[number] == home)
-            seen = mm.pagemap(start, end - start)[LOOK].tolist()
+            rows = mm.pagemap(start, end - start)[LOOK]
+            seen = (rows if len(rows) < 512 else rows[::61]).tolist()
             self.fired.append((kind, which, home, self.describe(vma), args, seen))
         return release if kind == "release" else record
 
@@ -76,7 +80,7 @@ class Side:
     def describe(self, vma):
         file = next((i for i, file in enumerate(self.files) if file is vma.file), None)
         assert (file is None) == (vma.file is None)
-        return (hex(vma.start), hex(vma.end), vma.prot, vma.flags & 0x23, file, vma.offset, vma.shared)
+        return (hex(vma.start), hex(vma.end), vma.prot, vma.flags & 0x40023, file, vma.offset, vma.shared)
 
     def run(self, number, name, args, kwargs):
         """One call on one address space: (what came of it, the hooks it fired)."""
@@ -157,8 +161,10 @@ class Side:
     def age(self, other):
         """Which accessed bits a search for victims clears is no rule: the model takes it from the other side."""
         for number, mm in self.spaces.items():
-            for page, pte in mm.mm._present(0, model.TASK_SIZE).items():
-                pte.young = pte.young and bool(other.spaces[number].pagemap(page, PAGE)[0]["young"])
+            for vma in mm.vmas():
+                young = other.spaces[number].pagemap(vma.start, vma.end - vma.start)["young"]
+                for page, pte in mm.mm._present(vma.start, vma.end).items():
+                    pte.young = pte.young and bool(young[(page - vma.start) // PAGE])
 
     def reclaimed(self):
         """What the model has reclaimed during the last call."""
@@ -174,14 +180,17 @@ class Side:
             pages[number] = {}
             for vma in mm.vmas():
                 rows = mm.pagemap(vma.start, vma.end - vma.start)
-                for at, (*looks, zero, pfn) in enumerate(rows[[*LOOK, "zero", "pfn"]].tolist()):
-                    if looks[0] or looks[1]:
-                        pages[number][hex(vma.start + at * PAGE)] = *looks, zero
-                        if looks[0] and not zero and pfn < DEVICE:
-                            frames.append(pfn)
+                there = (rows["present"] | rows["swapped"]).nonzero()[0]
+                if vma.flags & model.MAP_HUGETLB:
+                    there = there[there % 512 == 0]
+                for at, (*looks, zero, pfn) in zip(there.tolist(), rows[there][[*LOOK, "zero", "pfn"]].tolist()):
+                    pages[number][hex(vma.start + at * PAGE)] = *looks, zero
+                    if looks[0] and not zero and pfn < DEVICE:
+                        frames.append(pfn)
         frames += [pfn for pins in self.pins for pfn in pins.tolist() if pfn]
         return {"vmas": vmas, "pages": pages, "memory": self.mem.stats, "file sizes": [file.size for file in self.files],
-                "files": [file.read(0, file.size) for file in self.files],
+                "files": [file.read(0, file.size) for file in self.files[:len(FILES)]],
+                "huge file": [file.read(at, 64) for file in self.files[len(FILES):] for at in range(0, file.size, HUGE)],
                 "stats": {number: mm.stats for number, mm in self.spaces.items()}}, frames
 
     def check_invariants(self):
@@ -314,6 +323,8 @@ short_lengths = st.integers(1, 3).map(lambda pages: pages * PAGE)
 prots = st.sampled_from([3, 3, 3, 1, 1, 0, 5, 2])
 files = st.integers(0, len(FILES) - 1).map(lambda i: ("file", i))
 all_ops = st.integers(0, 2).map(lambda i: ("ops", i))
+slots = st.integers(0, HUGE_SLOTS - 1).map(lambda slot: HUGE_ARENA + slot * HUGE)
+odd_pages = st.sampled_from([0, 0, 0, 0, PAGE, -PAGE])
 FIXED = model.MAP_FIXED
 
 
@@ -335,7 +346,7 @@ def step(weight=1, **strategies):
 def steps(often):
     """Any step; those named in `often` four times as often as else."""
     known = {name: strategy for name, _, strategy in STEPS}     # one_of would take each once, whatever its weight
-    names = [name for name, weight, _ in STEPS for _ in range(weight * (4 if name in often else 1))]
+    names = [name for name, weight, _ in STEPS for _ in range(max(weight, 1) * 4 if name in often else weight)]
     return st.sampled_from(names).flatmap(known.get)
 
 
@@ -573,6 +584,63 @@ class Program:
     def unregister_range(self, space, ops, addr, length):
         self.call(space, "unregister_ops", ops, addr, length)
 
+    # --- huge pages: only in programs that ask for them
+
+    @step(0, space=spaces, at=slots, n=st.integers(1, 2), prot=prots, shared=st.booleans(), file=st.booleans(),
+          first=st.integers(0, 1), extra=st.sampled_from([0, 0, 0, model.MAP_NORESERVE, model.MAP_POPULATE, model.MAP_LOCKED]))
+    def huge_map(self, space, at, n, prot, shared, file, first, extra):
+        flags = extra | FIXED | (model.MAP_SHARED if shared else model.MAP_PRIVATE)
+        kwargs = {"file": ("file", len(FILES)), "offset": first * HUGE} if file else {}
+        flags |= 0 if file else model.MAP_ANONYMOUS | model.MAP_HUGETLB
+        self.call(space, "mmap", n * HUGE, prot, flags, addr=at, **kwargs)
+
+    @step(0, space=spaces, at=slots, page=st.sampled_from([0, 1, 500]), length=lengths)
+    def huge_cover(self, space, at, page, length):
+        self.call(space, "mmap", length, 3, model.MAP_PRIVATE | model.MAP_ANONYMOUS | FIXED, addr=at + page * PAGE)
+
+    @step(0, space=spaces, at=slots, n=st.integers(1, 3), write=st.booleans())
+    def huge_touch(self, space, at, n, write):
+        self.call(space, "touch", at + 5, n * HUGE - 10, write=write)
+
+    @step(0, space=spaces, at=slots, byte=st.integers(1, 255))
+    def huge_write(self, space, at, byte):
+        self.call(space, "write", at + 5, bytes([byte]) * 9)
+
+    @step(0, space=spaces, at=slots)
+    def huge_read(self, space, at):
+        self.call(space, "read", at + 3, 9)
+
+    @step(0, space=spaces, at=slots, n=st.integers(1, 2), odd=odd_pages,
+          call=st.sampled_from(["munmap", "munmap", "mlock", "munlock", "msync"]))
+    def huge_range(self, space, at, n, odd, call):
+        self.call(space, call, at, n * HUGE + odd)
+
+    @step(0, space=spaces, at=slots, n=st.integers(1, 2), odd=odd_pages, prot=prots)
+    def huge_protect(self, space, at, n, odd, prot):
+        self.call(space, "mprotect", at, n * HUGE + odd, prot)
+
+    @step(0, space=spaces, at=slots, n=st.integers(1, 2), odd=odd_pages,
+          advice=st.sampled_from([4, 4, 9, 9, 10, 11, 22, 23, 8, 20, 21, 3, 16, 17, 18, 19]))
+    def huge_advice(self, space, at, n, odd, advice):
+        self.call(space, "madvise", at, n * HUGE + odd, advice)
+
+    @step(0, space=spaces, at=slots, old=st.integers(1, 2), new=st.integers(1, 2), to=slots, odd=odd_pages,
+          flags=st.sampled_from([0, 1, 3, 3, 3, 7]))
+    def huge_move(self, space, at, old, new, to, odd, flags):
+        self.call(space, "mremap", at, old * HUGE, new * HUGE + odd, flags, to)
+
+    @step(0, pages=st.integers(0, 4), odd=st.sampled_from([0, 0, 0, PAGE]))
+    def huge_truncate(self, pages, odd):
+        self.call(0, "truncate", ("file", len(FILES)), pages * HUGE + odd)
+
+    @step(0, page=st.integers(0, 3), odd=odd_pages, n=st.integers(1, 2))
+    def huge_hole(self, page, odd, n):
+        self.call(0, "punch_hole", ("file", len(FILES)), page * HUGE + odd, n * HUGE)
+
+    @step(0, space=spaces, at=slots, page=st.integers(0, 511), write=st.booleans())
+    def huge_pin(self, space, at, page, write):
+        self.call(space, "pin", at + page * PAGE, 2 * PAGE, write=write)
+
     # --- a little to start from, and the end
 
     def start(self, ops, write, forks):
@@ -589,8 +657,9 @@ class Program:
         """Read everything readable, then end everything: contents are the same, and no frame is left."""
         for space, number in enumerate(self.alive):
             for vma in self.run.sides[0].spaces[number].vmas():
-                if vma.prot:
-                    self.call(space, "read", vma.start, vma.end - vma.start)
+                size = HUGE if vma.flags & model.MAP_HUGETLB else vma.end - vma.start
+                for at in range(vma.start, vma.end, size) if vma.prot else ():
+                    self.call(space, "read", at, size if size < HUGE else 64)
         for _ in self.alive:
             self.call(0, "exit")
         for _ in self.run.sides[0].pins[:]:

@@ -58,6 +58,7 @@ TRUNCATE = "truncate of a file; hugetlb truncate"
 REMAP = "remap_file_pages (historical: non-linear; today it splits VMAs)"
 SPECIAL = "remap_pfn_range (device memory); zeromap (private /dev/zero)"
 EXIT = "exit, exec (the last user of the mm: a vfork child's is not)"
+HUGE = "hugetlb: prefault / munmap"
 PROTECTED = "write-protect fault, the frame is shared, or is the zero page"
 OTHER = "other madvise, mlock, munlock"
 MOVE = "mremap move"
@@ -164,6 +165,9 @@ TABLE = [
          ["child I 4-8 of 0-8"]),
     Case(TRUNCATE, "growing: nothing", mapped_by_two, lambda w: w.memfd.truncate(9 * PAGE), []),
 
+    Case(TRUNCATE, "hugetlb", lambda w: (w.again(huge_pages=2), w.map_huge_file(0, 1024)),
+         lambda w: w.huge.truncate(512 * PAGE), ["I 512-1024 of 0-1024"]),
+
     Case(OTHER, "mlock populates",
          lambda w: (w.map(0, 3), w.map(3, 1, "r--"), w.read(0), w.write(1)), lambda w: (w.mlock(0, 4), w.munlock(0, 4)),
          ["i 0 of 0-3", "u 0 of 0-3", "u 2 of 0-3", "u 3 of 3-4"]),
@@ -197,6 +201,11 @@ TABLE = [
     Case(REMAP, "historical",
          lambda w: (w.restart(nonlinear=True), w.map_file(0, 4, flags=SHARED), w.read(1)), lambda w: w.remap(1, 2, 5),
          ["i 1 of 0-4", "u 1 of 0-4", "u 2 of 0-4"]),
+
+    Case(HUGE, "prefault", lambda w: w.again(huge_pages=2),
+         lambda w: w.map(0, 1024, flags=PRIVATE | ANONYMOUS | HUGETLB | POPULATE), []),
+    Case(HUGE, "munmap", lambda w: (w.again(huge_pages=2), w.map(0, 1024, flags=PRIVATE | ANONYMOUS | HUGETLB)),
+         lambda w: (w.write(0), w.munmap(512, 512)), ["I 512-1024 of 512-1024"]),
 
     Case("msync", "per shared VMA, clipped", lambda w: (w.map_file(0, 2, flags=SHARED), w.map(2, 2),
                                                         w.map_file(4, 4, flags=SHARED)),

@@ -113,7 +113,7 @@ def test_a_case(program, vm, kernel, can_swap):
 
 def test_the_limit_on_mappings(executor, capsys):
     """Few programs: each begins by making the 65,000 mappings that the kernel allows beyond the window's."""
-    programs = (generate(SEED, index, length=25, mappings=True) for index in range(max(1, PROGRAMS // 20)))
+    programs = (generate(SEED, index, length=25, mappings=True) for index in range(max(1, PROGRAMS // 30)))
     compare_all(ioproc, programs, executor, capsys)
 
 

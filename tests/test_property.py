@@ -10,14 +10,15 @@ import pytest
 
 import ioproc
 import model
-from sequences import PAGE, Run, failure
+from sequences import PAGE, STEPS, Run, failure
 
 EXAMPLES = int(os.environ.get("IOPROC_EXAMPLES", 400))
 SEED = int(os.environ.get("IOPROC_SEED", random.randrange(2**32)))
 
 USE = ["read", "write", "touch"]
+HUGE_STEPS = [name for name, *_ in STEPS if name.startswith("huge_")]
 CASES = {       # share of the examples, the limits of the machine, and which steps come more often
-    "plain": (0.25, {}, []),
+    "plain": (0.15, {}, []),
     "few frames": (0.1, {"frames": 14}, []),
     "few frames, swap": (0.15, {"frames": 10, "swap_slots": 200}, USE),
     "few frames, few slots": (0.1, {"frames": 8, "swap_slots": 4}, USE),
@@ -26,6 +27,7 @@ CASES = {       # share of the examples, the limits of the machine, and which st
     "few VMAs": (0.05, {"max_map_count": 9}, []),
     "very few VMAs": (0.05, {"max_map_count": 4}, []),      # too few for most mremap calls
     "rlimits": (0.05, {"rlimits": {"AS": 20 * PAGE, "DATA": 12 * PAGE, "MEMLOCK": 6 * PAGE, "STACK": 5 * PAGE}}, []),
+    "huge pages": (0.1, {"huge_pages": 5}, [*HUGE_STEPS, "fork", "exit", "unpin"]),
     "2.6.12's mappings": (0.05, {"nonlinear": True}, ["map_file", "remap_file_pages", *USE]),
 }
 

@@ -1,21 +1,26 @@
-"""The README's example prints what the README says, and its two commands are what CI runs."""
+"""The README's examples print what the README says, and its two commands are what CI runs."""
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
-def test_example_prints_what_it_says():
-    code, expected = re.search(r"```python\n(.*?)```\n```\n(.*?)```", README, re.DOTALL).groups()
+EXAMPLES = re.findall(r"```python\n(.*?)```\n```\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize(("code", "expected"), EXAMPLES)
+def test_examples_print_what_they_say(code, expected):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.stderr) == (expected, "")
 
 
-def test_example_is_short():
-    code = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
-    assert len([line for line in code.splitlines() if line.strip()]) <= 25
+def test_examples_are_short():
+    assert len(EXAMPLES) == 2
+    assert all(len([line for line in code.splitlines() if line.strip()]) <= 25 for code, _ in EXAMPLES)
 
 
 def test_two_commands():

@@ -280,6 +280,7 @@ def test_other_fields_and_events_do_no_harm(read):
  0/0  2.000000000: PERF_RECORD_MMAP -1/0: [0xffffffff81000000(0x1209988) @ 0xffffffff81000000]: x [kernel.kallsyms]_text
  0/0  3.000000000:  sched:sched_process_exit: comm=swapper pid=0 prio=120
  1/1  3.000000000:  kmem:mm_page_alloc: page=0x1
+ 9/9  0.000000000: PERF_RECORD_MMAP2 9/9: [0x7ffc00000000(0x21000) @ 0 00:00 0 0]: rw-p [stack]
  1/1  3.000000000: PERF_RECORD_LOST lost 12
  1/1  3.000000000: PERF_RECORD_SWITCH
 """)

@@ -17,10 +17,11 @@ from ioproc.trace.source import lines
 
 DATA = Path(__file__).parent / "data"
 KERNEL = 1
-# Of the committed recording: guesses that were wrong; faults by kind in both ways, and the kernel's.
+# Of the committed recording: guesses that were wrong; faults by kind in both ways, and the kernel's.  mlock finds four
+# pages that the kernel wrote first: the strace way knows nothing of them, so that they are made then.
 WRONG = 10
-COUNTED = ({"zero": 12, "anon": 199, "file": 105, "reuse": 28, "cow": 32},
-           {"zero": 21, "anon": 199, "file": 107, "reuse": 32, "cow": 38}, 21)
+COUNTED = ({"zero": 12, "anon": 203, "file": 105, "reuse": 28, "cow": 32},
+           {"zero": 21, "anon": 199, "file": 107, "reuse": 36, "cow": 38}, 21)
 IN_PRIVATE = ["unshare", "--mount", "sh", "-c", 'mount -t tracefs nodev /sys/kernel/tracing && exec "$@"', "sh"]
 STRACE = ["strace", "-f", "-y", "--seccomp-bpf", "-ttt", "-T", "-X", "raw", "-e", "trace=memory,process", "-o", "strace", "--"]
 FAULTS = ["perf", "record", "-q", "-e", "page-faults:u", "-c", "1", "-d", "-k", "CLOCK_REALTIME", "-m", "512", "-o", "f", "--"]
@@ -140,7 +141,7 @@ def test_both_ways_replay_to_the_same_counts(ways):
     events["access"][by_thread(strace)] = root.events["access"][by_thread(root)]
     one, other = counted(Trace(events, strace.metadata)), counted(root)
     assert one == other
-    assert set(one["differences"]) <= {"mlock", "munlock"}
+    assert not one["differences"]
 
 
 def test_accesses_differ_only_where_a_page_was_only_read(ways):

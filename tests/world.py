@@ -23,10 +23,10 @@ DEVICE = 0x100000   # a page frame number of device memory
 class World:
     """An address space in units of pages, and the hooks it fires."""
 
-    def __init__(self, impl, frames=256, swap_slots=64, **options):
+    def __init__(self, impl, frames=256, swap_slots=64, huge_pages=0, **options):
         self.impl = impl
         self.others = []        # address spaces alive beside the first
-        self.mem = impl.PhysicalMemory(frames=frames, swap_slots=swap_slots)
+        self.mem = impl.PhysicalMemory(frames=frames, swap_slots=swap_slots, huge_pages=huge_pages)
         self.file = impl.File(self.mem, 8 * PAGE)
         self.memfd = impl.File(self.mem, 8 * PAGE, memfd=True)
         self.mm = self.new(**options)
@@ -62,6 +62,10 @@ class World:
 
     def map_file(self, page, n, prot="rw-", flags=PRIVATE, first=0, file=None, mm=None):
         return self.map(page, n, prot, flags, file=file or self.file, offset=first * PAGE, mm=mm)
+
+    def map_huge_file(self, page, n):
+        self.huge = self.impl.File(self.mem, n * PAGE, huge=True)
+        return self.map(page, n, flags=SHARED, file=self.huge)
 
     def map_device(self, page, n):
         return self.mm.mmap_device(n * PAGE, DEVICE, addr=BASE + page * PAGE)

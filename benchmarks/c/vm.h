@@ -1,7 +1,7 @@
 /* A small virtual memory in plain C, independent of the package, that does the work of the model's hot paths: four
  * levels of page table, frames with map and reference counts and a reverse map through objects, lazily allocated
- * contents, copy-on-write, one lock per address space and one for the pool of frames, and a hook test wherever the
- * specification has a hook.  It is what the model is measured against, so it is meant to be fast, and only as general
+ * contents, copy-on-write, swap (reclaim.h), one lock per address space and one for the pool of frames, and a hook test
+ * wherever the specification has a hook.  It is what the model is measured against, so it is meant to be fast, and only as general
  * as the measured programs need. */
 #ifndef VM_H
 #define VM_H
@@ -17,12 +17,13 @@
 #define ENTRIES 512u
 #define LEAF_SPAN (PAGE * ENTRIES)
 #define BATCH 64
+#define RECLAIM_BATCH 32
 #define SLAB 64
 #define likely(x) __builtin_expect(!!(x), 1)
 #define unlikely(x) __builtin_expect(!!(x), 0)
 
-enum { PRESENT = 1, WRITABLE = 2, ACCESSED = 4, DIRTY = 8, EXCLUSIVE = 16, ZERO = 32 };
-typedef uint64_t pte_t;                                 /* frame number << 12 | bits */
+enum { PRESENT = 1, WRITABLE = 2, ACCESSED = 4, DIRTY = 8, EXCLUSIVE = 16, ZERO = 32, SWAP = 64 };
+typedef uint64_t pte_t;                                 /* frame (SWAP: slot) number << 12 | bits */
 typedef struct { pte_t e[ENTRIES]; } table_t;           /* upper levels hold pointers */
 
 typedef struct vma vma_t;
@@ -47,9 +48,15 @@ typedef struct link { object_t *object; vma_t *vma; struct link *next_user, *pre
 typedef struct {
     _Atomic uint64_t counts;                            /* low half: mappings; high half: devices, the page cache */
     object_t *object;
-    uint64_t index;
+    uint64_t index;                                     /* with KEEP: not dirty in any entry, and yet wanted */
     char *contents;
 } frame_t;
+#define KEEP (1ul << 63)
+#define REFERENCE (1ul << 32)
+
+/* A page of swap: how many entries refer to it, the swap cache's frame + 1, what to find the mappings of that frame by. */
+typedef struct { char *contents; uint32_t count, frame; object_t *object; } slot_t;
+typedef struct { vma_t *vma; uint64_t addr; pte_t *p; } spot_t;     /* where a frame is mapped */
 
 typedef struct {
     pthread_mutex_t lock;                               /* free frames and tables; taken inside an address space's */
@@ -59,12 +66,20 @@ typedef struct {
     table_t *tables;                                    /* spare tables, all zero but the link in e[0] */
     table_t *fresh;                                     /* what is left of the newest slab of tables */
     unsigned n_fresh;
-    pthread_mutex_t object_lock;
+    pthread_mutex_t object_lock;                        /* the reverse map; taken before `lock` */
+    slot_t *slots;                                      /* swap: 1 .. n_slots */
+    uint32_t *free_slots, *slot_of;                     /* slot_of: by frame, 0 but for the swap cache */
+    uint64_t n_slots, n_free_slots;
+    uint64_t hand, scanned, reclaimed, swapped_out, swapped_in;
+    spot_t *spots;                                      /* reclaim's, under object_lock */
+    mm_t **tried;
+    uint64_t room;
 } memory_t;
 
 struct vma {
     uint64_t start, end, pgoff;
-    int writable;
+    int writable, locked;
+    mm_t *mm;
     node_t *chain;
     object_t *object;                                   /* for new frames; made at the first write */
     link_t *links;                                      /* all objects whose frames may be mapped here */
@@ -78,8 +93,9 @@ struct mm {
     table_t *top;
     vma_t **vmas;                                       /* in address order */
     unsigned n_vmas, room;
-    uint64_t faults_zero, faults_anon, faults_cow, faults_reuse, rss;
+    uint64_t faults_zero, faults_anon, faults_cow, faults_reuse, faults_swap, rss, swapped, locked;
     counts_t hooks;
+    uint64_t cut;                                       /* the last truncation that was here */
     unsigned n_spare;                                   /* frames taken from the pool, a batch at a time */
     uint32_t spare[BATCH];
 };
@@ -133,18 +149,24 @@ static memory_t *memory_new(uint64_t frames)
     return mem;
 }
 
+static uint64_t reclaim(memory_t *mem, const mm_t *self, uint64_t wanted);
+
 static __attribute__((noinline)) void refill(mm_t *mm)
 {
     memory_t *mem = mm->mem;
     pthread_mutex_lock(&mem->lock);
+    while (unlikely(!mem->n_free)) {
+        pthread_mutex_unlock(&mem->lock);
+        if (!mem->n_slots || !reclaim(mem, mm, RECLAIM_BATCH))
+            must(NULL);
+        pthread_mutex_lock(&mem->lock);
+    }
     unsigned k = mem->n_free < BATCH ? (unsigned)mem->n_free : BATCH;
     for (unsigned i = 0; i < k; i++)                    /* spare is a stack too: keep the pool's order */
         mm->spare[k - 1 - i] = mem->free[mem->n_free - 1 - i];
     mem->n_free -= k;
     mm->n_spare = k;
     pthread_mutex_unlock(&mem->lock);
-    if (!k)
-        must(NULL);
 }
 
 static __attribute__((noinline)) void give_back(mm_t *mm)
@@ -157,10 +179,9 @@ static __attribute__((noinline)) void give_back(mm_t *mm)
     mm->n_spare = 0;
 }
 
+/* A fault has seen to it that there is one. */
 static inline uint32_t take_frame(mm_t *mm)
 {
-    if (unlikely(!mm->n_spare))
-        refill(mm);
     return mm->spare[--mm->n_spare];
 }
 
@@ -335,6 +356,8 @@ static __attribute__((noinline)) void object_make(mm_t *mm, vma_t *v)
     object_join(mm->mem, v->object, v);
 }
 
+#include "reclaim.h"
+
 /* ---- the verbs: each takes the address space's lock once ---- */
 
 static mm_t *mm_new(memory_t *mem)
@@ -352,7 +375,7 @@ static void mm_map(mm_t *mm, uint64_t addr, uint64_t length, int writable)
     pthread_mutex_lock(&mm->lock);
     unsigned at = vma_index(mm, addr);
     vma_t *prev = at ? mm->vmas[at - 1] : NULL;
-    if (prev && prev->end == addr && prev->writable == writable && !prev->chain &&
+    if (prev && prev->end == addr && prev->writable == writable && !prev->locked && !prev->chain &&
         prev->pgoff + ((prev->end - prev->start) >> 12) == addr >> 12) {
         prev->end += length;
     } else {
@@ -361,6 +384,7 @@ static void mm_map(mm_t *mm, uint64_t addr, uint64_t length, int writable)
         v->end = addr + length;
         v->pgoff = addr >> 12;
         v->writable = writable;
+        v->mm = mm;
         vma_insert(mm, at, v);
     }
     pthread_mutex_unlock(&mm->lock);
@@ -404,9 +428,13 @@ static __attribute__((noinline)) void fault_cow(mm_t *mm, vma_t *v, uint64_t add
     }
 }
 
+static __attribute__((noinline)) void fault_swap(mm_t *mm, vma_t *v, uint64_t addr, pte_t *p, int write);
+
 /* The access to one page that the entry does not allow. */
 static inline void fault(mm_t *mm, vma_t *v, uint64_t addr, pte_t *p, int write)
 {
+    if (unlikely(!mm->n_spare))                         /* first of all: reclaim may take what the entry has */
+        refill(mm);
     if (likely(!*p)) {
         if (write) {
             map_new_frame(mm, v, addr, p, NULL);
@@ -416,8 +444,10 @@ static inline void fault(mm_t *mm, vma_t *v, uint64_t addr, pte_t *p, int write)
             *p = PRESENT | ZERO | ACCESSED;
             mm->faults_zero++;
         }
-    } else {
+    } else if (likely(*p & PRESENT)) {
         fault_cow(mm, v, addr, p);
+    } else {
+        fault_swap(mm, v, addr, p, write);
     }
     FIRE(mm, v, UPDATE_PAGE, update_page, addr);
 }
@@ -468,9 +498,11 @@ static void zap(mm_t *mm, uint64_t addr, uint64_t end)
                 if (!e)
                     continue;
                 *p = 0;
-                if (!(e & ZERO)) {
+                if (likely(!(e & (ZERO | SWAP)))) {
                     unmap_frame(mm, (uint32_t)(e >> 12));
                     mm->rss--;
+                } else if (e & SWAP) {
+                    swap_drop(mm, e);
                 }
             }
         addr = edge;
@@ -536,9 +568,11 @@ static void fork_range(mm_t *mm, mm_t *child, vma_t *v)
                 pte_t e = from->e[i];
                 if (!e)
                     continue;
-                if (!(e & ZERO)) {
+                if (likely(!(e & (ZERO | SWAP)))) {
                     map_frame(frames + (e >> 12));
                     child->rss++;
+                } else if (e & SWAP) {
+                    swap_share(child, e);
                 }
                 if (e & (WRITABLE | EXCLUSIVE))
                     from->e[i] = e &= ~(pte_t)(WRITABLE | EXCLUSIVE);
@@ -556,6 +590,8 @@ static mm_t *mm_fork(mm_t *mm)
     for (unsigned i = 0; i < mm->n_vmas; i++) {
         vma_t *v = mm->vmas[i], *w = must(malloc(sizeof *w));
         *w = *v;
+        w->mm = child;
+        w->locked = 0;
         w->chain = NULL;
         w->links = NULL;
         w->object = NULL;

@@ -381,8 +381,8 @@ class _Reader(CallReader):
 
     def mapped(self, t, match):
         mapped = mapping(match)
-        if mapped is None:
-            return
+        if mapped is None or t == self.offset:
+            return          # the kernel's own, or what was there before perf came to an old process
         named, event = mapped
         pid, tid = event[:2]
         call = self.pending.get(tid)

@@ -276,7 +276,7 @@ cdef inline int fault_swap(MM *mm, VMArea *vma, u64 addr, u64 *pte, bint write, 
         done = False
     else:
         frame = frame_at(mem, pfn)
-        if slot.count == 1:
+        if slot.count == 1 and slot.pfn == 0:
             frame_from_slot(mem, number, frame)
             atomic_store(&frame.counts, 1)
         elif slot_copy(mem, number, frame):
@@ -287,10 +287,11 @@ cdef inline int fault_swap(MM *mm, VMArea *vma, u64 addr, u64 *pte, bint write, 
                 slot_put(mem, number)
         else:
             done = False
-        # not ours alone: whose page it was is forgotten, but the oldest AnonVMA finds every mapping it can have
-        anon = vma.anon if write or exclusive else anon_root(vma.anon)
-        atomic_store(&frame.index, vma_index(vma, addr))
-        atomic_store(&frame.owner, <u64> anon | OWNER_ANON | OWNER_DIRTY)
+        if done:
+            # not ours alone: whose page it was is forgotten, but the oldest AnonVMA finds every mapping it can have
+            anon = vma.anon if write or exclusive else anon_root(vma.anon)
+            atomic_store(&frame.index, vma_index(vma, addr))
+            atomic_store(&frame.owner, <u64> anon | OWNER_ANON | OWNER_DIRTY)
     pthread_mutex_unlock(&mem.lock)
     if fresh and (not done or pfn != fresh):
         batch_put_back(batch, fresh)

@@ -202,9 +202,9 @@ cdef void file_truncate(FileCache *file, u64 size) noexcept nogil:
     pthread_mutex_lock(&mem.lock)
     old = file.size
     atomic_store(&file.size, size)
-    if size < old and file.huge:
+    if size <= old and file.huge:
         huge_file_drop(file, size, FILE_END, True)
-    elif size < old:
+    elif size <= old:                       # equal: a mapping may have written behind the end
         file_zero(file, size, kept)
         file_drop(file, kept, UINT64_MAX)
     pthread_mutex_unlock(&mem.lock)

@@ -37,7 +37,7 @@ cdef int mark_locked(MM *mm, u64 start, u64 length, u64 locked) noexcept nogil:
             return -ENOMEM
         stop = vma.end if vma.end < end else end
         flags = vma.flags & ~<u64> VM_LOCKED | locked
-        if flags != vma.flags and not vma.flags & VM_PFNMAP:
+        if flags != vma.flags and not vma.flags & (VM_PFNMAP | VM_HUGETLB):
             error = vma_modify(mm, &vma, start, stop, flags, vma.chain)
             if error:
                 return error

@@ -239,7 +239,7 @@ cdef int mm_madvise(MM *mm, u64 start, u64 length, int advice) noexcept nogil:
             free_range(mm, start, stop, &batch)
             batch_end(&batch)
         elif advice == MADV_COLD or advice == MADV_PAGEOUT:
-            if vma.flags & (VM_LOCKED | VM_PFNMAP):
+            if vma.flags & (VM_LOCKED | VM_PFNMAP | VM_HUGETLB):
                 return -EINVAL
             pages_unused(mm, start, stop, advice == MADV_PAGEOUT)
         elif advice == MADV_REMOVE:

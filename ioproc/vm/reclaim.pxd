@@ -218,7 +218,7 @@ cdef inline void frame_back_to_pool(Memory *mem, Frame *frame, u64 pfn) noexcept
     """Its contents are elsewhere."""
     cdef u32 number = <u32> pfn
     frame.contents = NULL
-    frame.counts = 0
+    atomic_store(&frame.counts, 0)
     atomic_store(&frame.owner, 0)
     pool_give(mem, &number, 1)
     mem.reclaim.reclaimed += 1
@@ -227,6 +227,7 @@ cdef inline void frame_back_to_pool(Memory *mem, Frame *frame, u64 pfn) noexcept
 cdef inline bint reclaim_anonymous(Scan *scan, Frame *frame, u64 owner, u64 pfn) noexcept nogil:
     cdef Memory *mem = scan.mem
     cdef u64 slot = mem.slot_of[pfn] if mem.nslots else 0
+    cdef bint cached = slot != 0            # the slot has the contents still
     cdef bint unwanted = not (owner & OWNER_DIRTY or scan_bits(scan) & PTE_DIRTY)      # MADV_FREE, and not written since
     if slot == 0 and not unwanted:
         slot = slot_take(mem)
@@ -234,19 +235,22 @@ cdef inline bint reclaim_anonymous(Scan *scan, Frame *frame, u64 owner, u64 pfn)
             return False
         mem.slots[slot].pfn = 0
         mem.slots[slot].count = 0
-    scan_unmap(scan, slot)
-    if slot == 0:
-        mem.reclaim.discarded += 1
-        free(frame.contents)
-    elif mem.slots[slot].pfn:               # the slot has the contents still
-        mem.slots[slot].pfn = 0
-        mem.slot_of[pfn] = 0
-        free(frame.contents)
-    else:
-        mem.slots[slot].contents = frame.contents
+    # first, for hooks may run: others who have entries of the slot may fault or give them up meanwhile
     if slot:
         mem.slots[slot].count += <u32> scan.nspots
+    if cached:
+        mem.slots[slot].pfn = 0
+        mem.slot_of[pfn] = 0
+        atomic_sub(&frame.counts, ONE_REFERENCE)
+    scan_unmap(scan, slot)
+    if slot and not cached:
+        mem.slots[slot].contents = frame.contents
+    else:
+        free(frame.contents)
+    if slot:
         mem.reclaim.swapped_out += scan.nspots != 0
+    else:
+        mem.reclaim.discarded += 1
     frame_back_to_pool(mem, frame, pfn)
     return True
 
@@ -264,6 +268,7 @@ cdef inline bint reclaim_cached(Scan *scan, Frame *frame, u64 owner, u64 pfn) no
     cdef u64 addr = frame.index << PAGE_SHIFT
     cdef u64 slot = 0
     cdef u64 entry = 0
+    cdef u64 left
     cdef Table *leaf
     if dirty and file_is_shmem(file):
         slot = slot_take(mem)
@@ -272,10 +277,14 @@ cdef inline bint reclaim_cached(Scan *scan, Frame *frame, u64 owner, u64 pfn) no
     if dirty:
         atomic_or(&frame.owner, OWNER_DIRTY)         # the entries' dirty bits go
     scan_unmap(scan, 0)
-    if atomic_sub(&frame.counts, scan.nspots) != ONE_REFERENCE:
-        if slot:                            # somebody mapped it again meanwhile
+    left = atomic_sub(&frame.counts, scan.nspots)
+    if left != ONE_REFERENCE or (not dirty and atomic_load(&frame.owner) & OWNER_DIRTY):
+        if slot:                            # somebody mapped it again meanwhile, wrote to it, or cut it off the file
             slot_give(mem, slot)
-        return False
+        if left == 0:
+            free(frame.contents)
+            frame_back_to_pool(mem, frame, pfn)
+        return left == 0
     if slot:
         mem.slots[slot].contents = frame.contents
         mem.slots[slot].count = 1

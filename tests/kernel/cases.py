@@ -255,7 +255,8 @@ CASES = {
         anonymous(0, 2), ("mlock", 0, at(0) + 1, 0), ("mlock", 0, at(0), 0), ("mlock", 0, at(1) - 1, 2),
         ("mlock", 0, at(0), (1 << 64) - 1),
         ("mlock", 0, at(0), (1 << 64) - PAGE), ("munlock", 0, at(0) + 10, 10), ("munlock", 0, at(5), 0),
-    )),
+        ("munlock", 0, at(0), (1 << 64) - PAGE),
+    ), limit_memlock=8 * PAGE),
     "RLIMIT_MEMLOCK": Program((
         anonymous(0, 8), lock(0, 2), lock(2, 2), lock(0, 3), lock(1, 3), unlock(1, 2), lock(1, 2),
         ("mremap", 0, at(0), PAGE, 4 * PAGE, 1, 0),
@@ -375,7 +376,8 @@ CASES = {
         advise(8, 1, KEEP),
     ), files=(PAGE,)),
     "a wiped VMA is as new": Program((
-        anonymous(0, 2), write(0), advise(0, 2, WIPE), ("fork", 0), anonymous(2, 2, process=1), advise(2, 2, WIPE, 1), write(3, 1),
+        anonymous(0, 2), write(0), advise(0, 2, WIPE), ("fork", 0), anonymous(2, 2, process=1), advise(2, 2, WIPE, 1),
+        write(3, 1),
     )),
     "populating stops at the first that fails": Program((
         anonymous(0, 2), write(0), anonymous(2, 2, R), anonymous(4, 2, 0), of_file(8, 4, kind=SHARED), ("fork", 0),

@@ -76,10 +76,19 @@ class Modelled:
         self.spawn()
 
     def close(self):
-        """End every process."""
+        """End every process, empty every file and drop every reference; return what is in use nevertheless."""
         for space in self.spaces.values():
             space.exit()
         self.spaces.clear()
+        for slot in list(self.pinned):
+            self.unpin(slot)
+        for file in self.files + self.segments:
+            file.truncate(0)
+        stats = self.memory.stats
+        used = {"frames": stats["frames_used"], "swap slots": stats["swap_used"]}
+        if self.step > 1:
+            used["huge pages"] = stats["huge_pages"] - stats["huge_pages_free"]
+        return [f"{n} {what} in use after the end" for what, n in used.items() if n]
 
     def perform(self, op):
         """Perform an operation and return its result as the executor gives it."""
@@ -398,7 +407,9 @@ def compare(vm, program, outcomes, sees, differing=(), huge_pages=0):
             if found:
                 raise Difference(program, index, found)
     finally:
-        modelled.close()
+        left = modelled.close()
+    if left:
+        raise Difference(program, len(program.ops) - 1, left)
     return len(program.ops)
 
 

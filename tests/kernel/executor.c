@@ -121,7 +121,7 @@ static int memfd[MAX_FILES], pins[MAX_PINS + 1][2];
 static ino_t memfd_inode[MAX_FILES];
 static int segment[MAX_SEGMENTS];  /* of System V shared memory; -1: none */
 static struct program program;
-static int kpagecount = -1, kpageflags = -1, has_scan, has_pfn;
+static int own_file, kpagecount = -1, kpageflags = -1, has_scan, has_pfn;
 static char *scratch;  /* 64 pages of a worker, to flush its TLB with */
 
 static struct {
@@ -638,7 +638,10 @@ static void wait_reply(struct reply *reply)
         die("reply");
 }
 
-/* A page on its way to the swap device cannot be reused, nor go there again: wait until it is there. */
+/* A page on its way to the swap device cannot be reused, nor go there again: wait until it is there.  It is then in an LRU
+ * batch of the CPU that heard from the device; dropping a file's cached pages while some are mapped (we run in them) drains
+ * all CPUs' batches.
+ */
 static void wait_writeback(const uint64_t *entries, unsigned n)
 {
     for (unsigned i = 0; i < n; i++)
@@ -648,6 +651,7 @@ static void wait_writeback(const uint64_t *entries, unsigned n)
                 break;
             usleep(50);
         }
+    posix_fadvise(own_file, 0, 0, POSIX_FADV_DONTNEED);
 }
 
 static void spawn(void)
@@ -825,6 +829,9 @@ int main(void)
     if (prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0))
         die("PR_SET_THP_DISABLE");
     prctl(PR_SET_PDEATHSIG, SIGKILL);
+    own_file = open("/proc/self/exe", O_RDONLY | O_CLOEXEC);
+    if (own_file < 0)
+        die("/proc/self/exe");
     if (pipe2(from_worker, O_CLOEXEC))
         die("pipe");
     for (int i = 0; i < MAX_PROCESSES; i++)

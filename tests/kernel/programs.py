@@ -184,8 +184,11 @@ class _Writer:
         # what else the program is about; most are about little, so that operations meet
         self.locks, self.pins, self.stacks, self.remaps = (rng.random() < share for share in (0.2, 0.15, 0.15, 0.1))
         self.swap = swap and not self.pins and rng.random() < 0.4
-        if self.swap:
-            self.forks = rng.choice((0, 2, 4))
+        # some look closely at a few pages that several processes have, and map little
+        self.close = rng.random() < (0.5 if self.swap or self.pins else 0.15)
+        self.arena = 5 if self.close else ARENA
+        if self.close:
+            self.forks = rng.choice((2, 3))
         self.cuts = bool(self.files) and rng.random() < 0.6
         self.spawns = bool(self.files) and rng.random() < 0.3
         self.limits = {}
@@ -212,17 +215,17 @@ class _Writer:
         """Return a page number: usually one that is mapped with a protection, often one that was an edge before."""
         rng = self.rng
         near = [b + d for b in self.boundaries[-8:] for d in (0, 0, 0, -1, 1)]
-        mapped = [page for page, has in self.mapped.items() if has & prot == prot and page < ARENA]
+        mapped = [page for page, has in self.mapped.items() if has & prot == prot and page < self.arena]
         if mapped and rng.random() < 0.9:
             near = [page for page in near if page in mapped] or mapped
         else:
-            mapped = range(ARENA)
-        return min(max(rng.choice(near if rng.random() < 0.7 else mapped), 0), ARENA - 1)
+            mapped = range(self.arena)
+        return min(max(rng.choice(near if rng.random() < 0.7 else mapped), 0), self.arena - 1)
 
     def range(self, longest=8, mapped=True):
         """Return a start and a length in pages; usually mapped ones, often ones whose edges were used before."""
-        start = self.page() if mapped else self.rng.choice((self.page(), self.rng.randrange(ARENA)))
-        rest = [b - start for b in self.boundaries[-8:] if 0 < b - start <= ARENA]
+        start = self.page() if mapped else self.rng.choice((self.page(), self.rng.randrange(self.arena)))
+        rest = [b - start for b in self.boundaries[-8:] if 0 < b - start <= self.arena]
         if rest and self.rng.random() < 0.4:
             pages = self.rng.choice(rest)
         else:
@@ -374,16 +377,20 @@ class _Writer:
     def madvise(self):
         # a page that was written after MADV_FREE is swapped out at the second MADV_PAGEOUT only
         often = [DONTNEED, DONTNEED, DONTNEED if self.swap else FREE, POPULATE_READ, POPULATE_WRITE]
-        often += [REMOVE, REMOVE] * (self.theme != "private") + [PAGEOUT] * 12 * self.swap + [COLD] * self.swap
+        often += [REMOVE, REMOVE] * (self.theme != "private") + [PAGEOUT, PAGEOUT, COLD] * self.swap
         often += [DONTNEED_LOCKED] * self.locks
         advice = self.rng.choice(often if self.rng.random() < 0.6 else list(FLAG_ADVICE.values()))
         if self.rng.random() < 0.03:
             advice = self.rng.choice((5, 6, 99, 1 << 20))
         # the long lengths that do not wrap would reach what the executor itself runs on
         addr, length = self.span(HUGE_LENGTHS[:2])
-        if advice == PAGEOUT:
-            self.recent += [(addr - BASE) // PAGE, (addr - BASE) // PAGE + 1]
         return "madvise", self.process(), addr, length, advice
+
+    def pageout(self):
+        start = self.rng.choice(self.recent[-4:] or [0])
+        pages = self.rng.randint(1, 4)
+        self.recent += range(start, start + pages)
+        return "madvise", self.process(), BASE + start * PAGE, pages * PAGE, PAGEOUT
 
     def msync(self):
         flags = self.rng.choice((MS_ASYNC, MS_SYNC, MS_SYNC | MS_INVALIDATE, 0, MS_SYNC | MS_ASYNC, 8))
@@ -492,6 +499,8 @@ class _Writer:
             self.mmap: 18, self.munmap: 6, self.mprotect: 14, self.mremap: 12, self.madvise: 6, self.msync: 2,
             self.read: 12, self.write: 20,
         }
+        if self.close:
+            weights |= {self.mmap: 3, self.munmap: 1, self.mprotect: 4, self.mremap: 3, self.madvise: 4, self.msync: 0}
         if self.files:
             weights |= {self.fread: 2, self.fwrite: 3}
         if self.segments:
@@ -499,7 +508,7 @@ class _Writer:
         if self.start_brk:
             weights[self.brk] = 8
         if self.forks:
-            weights |= {self.fork: 2 * self.forks, self.exit: self.forks}
+            weights |= {self.fork: 2 * self.forks, self.exit: self.forks if not self.close else 2 * self.forks}
         if self.locks:
             weights |= {self.mlock: 12, self.munlock: 5}
         if self.pins:
@@ -511,8 +520,23 @@ class _Writer:
         if self.spawns:
             weights |= {self.spawn: 4, self.exit: 2}
         if self.swap:
-            weights[self.madvise] += 14
-        self.ops += [self.mmap() for _ in range(self.rng.randint(1, 3))]
+            weights[self.pageout] = 14
+        if self.close:
+            prot = self.rng.choice((R | W, R | W, R | W, R))
+            kind = SHARED if self.theme == "shared" and self.rng.random() < 0.5 else PRIVATE
+            file = 0 if self.files and self.rng.random() < 0.7 else -1
+            flags = kind | MAP_FIXED | (ANONYMOUS if file < 0 else 0)
+            self.ops.append(("mmap", 0, BASE, self.arena * PAGE, prot, flags, file, 0))
+            self.note(BASE, self.arena * PAGE, prot)
+            self.ops += [("write", 0, BASE + page * PAGE, 1 + page) for page in range(self.arena) if self.rng.random() < 0.7]
+            self.recent += range(self.arena)
+            if self.swap and self.rng.random() < 0.6:
+                self.ops.append(("madvise", 0, BASE, self.arena * PAGE, PAGEOUT))
+            if self.pins and self.rng.random() < 0.6:
+                self.ops.append(("pin", 0, BASE, self.arena * PAGE, 0, 0))
+            self.ops.append(self.fork())
+        else:
+            self.ops += [self.mmap() for _ in range(self.rng.randint(1, 3))]
         choices, shares = list(weights), list(weights.values())
         while len(self.ops) < self.length:
             choice = self.rng.choices(choices, shares)[0]
