@@ -10,7 +10,7 @@ import workloads
 FEW, MANY = 1000, 1_000_000
 
 
-@pytest.mark.parametrize("name", ["vma_find", "vma_split", "vma_merge", "vma_cut", "vma_fill", "vma_lookup", "vma_lookup_dependent"])
+@pytest.mark.parametrize("name", [name for name in workloads.WORKLOADS if name.startswith("vma_")])
 def bench_vmas(benchmark, report, name):
     workload = workloads.WORKLOADS[name](FEW)
     arguments = ()

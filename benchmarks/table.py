@@ -108,11 +108,13 @@ def memory():
 
 def scale(pages, **turns):
     for name, what in (("vma_find", "find (access a page)"), ("vma_split", "split (mprotect of a page)"),
-                       ("vma_merge", "merge (back again)"), ("vma_cut", "split (munmap of a page)"), ("vma_fill", "merge (mmap of it)")):
+                       ("vma_merge", "merge (back again)"), ("vma_cut", "split (munmap of a page)"),
+                       ("vma_fill", "merge (mmap of it)")):
         f = paired.few_and_many(name, 1000, 1_000_000, **turns)
         c = f"; C {f['c_few_ns']:.0f}, {f['c_many_ns']:.0f} ns: {f['c_ratio']:.1f}x" if "c_ratio" in f else ""
         row(f"a million VMAs, random places: {what}", "at most 4x the cost at a thousand",
-            f"{f['few_ns']:.0f}, {f['many_ns']:.0f} ns: {f['ratio']:.2f}x [{f['low']:.2f}, {f['high']:.2f}]{c}", f["ratio"] <= 4, **f)
+            f"{f['few_ns']:.0f}, {f['many_ns']:.0f} ns: {f['ratio']:.2f}x [{f['low']:.2f}, {f['high']:.2f}]{c}",
+            f["ratio"] <= 4, **f)
     for name, what in (("vma_lookup", "look-ups alone"),
                        ("vma_lookup_dependent", "look-ups alone, each waits for the one before")):
         f = paired.few_and_many(name, 1000, 1_000_000, **turns)

@@ -458,8 +458,8 @@ def vma_lookup_dependent(vmas=1000):
 
 WORKLOADS = {w.__name__: w for w in (
     touch, unmap, fork, cow, cow_contents, fault_reclaim, swapin_write, swapin_read, reclaim, reclaim_16, pageout, truncate,
-    punch, mlock, pin, hugetlb, hooksite, dispatch, replay, replay_recorded, vma_find, vma_split, vma_merge, vma_cut,
-    vma_fill, vma_lookup, vma_lookup_dependent)}
+    punch, mlock, pin, hugetlb, hooksite, dispatch, replay, replay_recorded,
+    vma_find, vma_split, vma_merge, vma_cut, vma_fill, vma_lookup, vma_lookup_dependent)}
 
 
 def _resident() -> int:

@@ -245,17 +245,18 @@ cdef u64 huge_page(VMArea *vma, u64 addr, u64 spent, bint *cached) noexcept nogi
     cdef FileCache *file = vma.file
     cdef Memory *mem = file.mem
     cdef u64 at = vma_index(vma, addr) << PAGE_SHIFT
-    cdef Table *leaf = leaf_make(file.pages, at >> 9)
-    cdef u64 *entry
+    cdef Table *leaf
+    cdef u64 *entry = huge_entry(file.pages, at)
     cdef u64 pfn = 0
-    if leaf == NULL:
-        return 0
-    entry = &leaf.entry[table_index(at >> 9, 0)]
     cached[0] = True
-    if entry[0] > HUGE_RESERVED:
+    if entry != NULL and entry[0] > HUGE_RESERVED:
         pfn = entry[0]
         atomic_add(&huge_frame(mem, pfn).counts, 1)
     elif vma.flags & VM_SHARED:
+        leaf = leaf_make(file.pages, at >> 9)
+        if leaf == NULL:
+            return 0
+        entry = &leaf.entry[table_index(at >> 9, 0)]
         pfn = huge_take(mem, entry[0] == HUGE_RESERVED)
         if pfn:
             huge_frame(mem, pfn).counts = ONE_REFERENCE + 1
@@ -263,14 +264,14 @@ cdef u64 huge_page(VMArea *vma, u64 addr, u64 spent, bint *cached) noexcept nogi
             atomic_store(&huge_frame(mem, pfn).owner, <u64> file)
             leaf.used += entry[0] == 0
             entry[0] = pfn
+        elif leaf.used == 0:
+            leaf_drop(file.pages, at >> 9)
     elif vma.anon != NULL:                  # else it has just left the page cache
         cached[0] = False
         pfn = huge_take(mem, vma.flags & VM_RESERVED and spent != HUGE_SPENT)
         if pfn:
             huge_frame(mem, pfn).counts = 1
             huge_own(huge_frame(mem, pfn), vma, addr)
-    if leaf.used == 0:
-        leaf_drop(file.pages, at >> 9)
     return pfn
 
 
