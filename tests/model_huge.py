@@ -91,8 +91,9 @@ class HugeMappings:
         if pte is None:
             pte = self._fault_huge_absent(vma, addr, at, write)
         elif write and not pte.writable:
-            self.faults["reuse" if self._huge_alone(pte.frame) else "cow"] += 1
+            frame = pte.frame
             pte = self._write_huge(vma, addr, at, pte, told=True)
+            self.faults["reuse" if pte.frame is frame else "cow"] += 1
         return pte
 
     def _fault_huge_absent(self, vma, addr, at, write):

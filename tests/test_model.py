@@ -179,8 +179,9 @@ def test_limits(mem):
     mm.munmap(BASE + 4 * PAGE, PAGE)
 
 
-def test_invariants_hold_under_random_calls():
-    assert failure((model,), {}, 15, 1) is None
+@pytest.mark.parametrize("limits", [{}, {"frames": 10, "swap_slots": 60}, {"frames": 8, "swap_slots": 4}], ids=str)
+def test_invariants_hold_under_random_calls(limits):
+    assert failure((model,), limits, 15, 1) is None
 
 
 def test_a_failing_program_is_cut_down():

@@ -10,9 +10,9 @@ import pytest
 
 import ioproc
 import model
-from sequences import PAGE, STEPS, Run, failure
+from sequences import HUGE, PAGE, STEPS, Run, failure
 
-EXAMPLES = int(os.environ.get("IOPROC_EXAMPLES", 400))
+EXAMPLES = int(os.environ.get("IOPROC_EXAMPLES", 300))
 SEED = int(os.environ.get("IOPROC_SEED", random.randrange(2**32)))
 
 USE = ["read", "write", "touch"]
@@ -59,6 +59,23 @@ ONCE_WRONG = {      # programs on which the two did not agree, or which are hard
         (1, "mmap", PAGE, 3, 0x32, {"addr": A + 4 * PAGE}), (1, "madvise", A + 4 * PAGE, PAGE, 1),
         (1, "madvise", A + 3 * PAGE, PAGE, 1), (1, "mremap", A + PAGE, 2 * PAGE, 2 * PAGE, 3, A + 8 * PAGE),
         (1, "mmap", PAGE, 3, 0x32, {"addr": A + 2 * PAGE}), (1, "mremap", A + 8 * PAGE, PAGE, PAGE, 3, A + PAGE)],
+    "a write to what another has read back from swap": [
+        (0, "mmap", PAGE, 3, 0x32, {"addr": A}), (0, "write", A, b"x"), (0, "fork"), (0, "reclaim", 40), (0, "read", A, 1),
+        (1, "write", A, b"y")],
+    "truncation to the size that it has": [
+        (0, "truncate", ("file", 3), 100), (0, "mmap", PAGE, 3, 0x11, {"addr": A, "file": ("file", 3)}),
+        (0, "write", A + 150, b"x"), (0, "truncate", ("file", 3), 100), (0, "truncate", ("file", 3), 200)],
+    "a pin of what may be written but not read": [
+        (0, "mmap", PAGE, 2, 0x8032, {"addr": A}), (0, "pin", A, PAGE, {"write": False})],
+    "locking part of a huge page": [
+        (0, "mmap", 2 * HUGE, 3, 0x40032, {"addr": 2 * HUGE}), (0, "mlock", 2 * HUGE + PAGE, HUGE),
+        (0, "munlock", 2 * HUGE, PAGE)],
+    "a huge mapping over another that is the last of its file": [
+        (0, "mmap", 2 * HUGE, 3, 0x40031, {"addr": 2 * HUGE}), (0, "mmap", 2 * HUGE, 3, 0x40031, {"addr": 2 * HUGE}),
+        (0, "mmap", 2 * HUGE, 3, 0x40031, {"addr": 2 * HUGE})],
+    "a huge page that its owner took back": [
+        (0, "mmap", 3 * HUGE, 3, 0x48032, {"addr": 2 * HUGE}), (0, "fork"), (0, "write", 2 * HUGE, b"x"),
+        (0, "munmap", 3 * HUGE, 2 * HUGE), (1, "munmap", 3 * HUGE, 2 * HUGE), (1, "read", 2 * HUGE, 1)],
     "an abandoned anon_vma": [
         (0, "mmap", PAGE, 3, 0x32, {"addr": A}), (0, "write", A, b"x"), (0, "fork"), (1, "fork"), (1, "exit"), (1, "fork"),
         *[(space, call, *args) for space in (0, 1, 2) for call, *args in [
@@ -69,7 +86,7 @@ ONCE_WRONG = {      # programs on which the two did not agree, or which are hard
 
 @pytest.mark.parametrize("name", ONCE_WRONG)
 def test_known_programs(name):
-    run = Run((model, ioproc))
+    run = Run((model, ioproc), swap_slots=10, huge_pages=3)
     for space, call, *args in ONCE_WRONG[name]:
         kwargs = args.pop() if args and isinstance(args[-1], dict) else {}
         run.call(space, call, args, kwargs)
