@@ -6,6 +6,7 @@ IOPROC_SANITIZE   AddressSanitizer and UndefinedBehaviorSanitizer; "thread": Thr
 IOPROC_NO_HOOKS   hook sites compiled out: what hooks cost everybody else is measured against this
 """
 import os
+import re
 from pathlib import Path
 
 from Cython.Build import cythonize
@@ -52,23 +53,27 @@ core = Extension(
     extra_link_args=link_args,
 )
 
-setup(
-    ext_modules=cythonize(
-        [core],
-        build_dir="build",
-        emit_linenums=coverage,     # counts are then those of the Cython sources' lines
-        compiler_directives={
-            "language_level": "3",
-            "boundscheck": debug,
-            "wraparound": False,
-            "initializedcheck": debug,
-            "nonecheck": debug,
-            "cdivision": True,
-            "embedsignature": True,
-            "binding": True,
-            "auto_pickle": False,       # live objects: there is nothing to pickle
-            "autotestdict": False,
-        },
-        force=changed,
-    )
+modules = cythonize(
+    [core],
+    build_dir="build",
+    emit_linenums=coverage,     # counts are then those of the Cython sources' lines
+    compiler_directives={
+        "language_level": "3",
+        "boundscheck": debug,
+        "wraparound": False,
+        "initializedcheck": debug,
+        "nonecheck": debug,
+        "cdivision": True,
+        "embedsignature": True,
+        "binding": True,
+        "auto_pickle": False,       # live objects: there is nothing to pickle
+        "autotestdict": False,
+    },
+    force=changed,
 )
+
+if coverage:                        # what Cython adds behind a function is of no source line
+    for path in (Path(source) for module in modules for source in module.sources):
+        path.write_text(re.sub("^}\n", '}\n#line 1 "cython_utility"\n', path.read_text(), flags=re.MULTILINE))
+
+setup(ext_modules=modules)

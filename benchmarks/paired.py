@@ -165,6 +165,28 @@ def pair(name, units, kernel=False, **turns) -> dict[str, np.ndarray]:
     return take_turns(commands, **turns)
 
 
+def few_and_many(name, few, many, rounds=4, launches=2) -> dict[str, float]:
+    """Compare a workload on many VMAs with the same on few, and the C program of that name if there is one."""
+    commands = {"few": (model_command(name, few),), "many": (model_command(name, many),)}
+    if (c_programs() / name).exists():
+        commands |= {"c_few": (c_command(name, few),), "c_many": (c_command(name, many),)}
+    samples = take_turns(commands, rounds, launches)
+    result = compare(samples["many"], samples["few"])
+    figures = {"few_ns": result.b, "many_ns": result.a, "ratio": result.ratio, "low": result.low, "high": result.high}
+    if "c_few" in samples:
+        c = compare(samples["c_many"], samples["c_few"])
+        figures |= {"c_few_ns": c.b, "c_many_ns": c.a, "c_ratio": c.ratio}
+    return figures
+
+
+def threads_and_processes(work, turns=15) -> Ratio:
+    """Compare what threads and processes reach: the processes' time by the threads', so that 1 is as good."""
+    lines = subprocess.run([str(x) for x in (sys.executable, HERE / "threads.py", work, turns)], env=environment(),
+                           check=True, text=True, stdout=subprocess.PIPE).stdout.split("\n")
+    pairs = [[float(x) for x in line.split()] for line in lines if line]
+    return compare([processes for _, processes in pairs], [threads for threads, _ in pairs])
+
+
 def replay_in_out(events, rounds=5, launches=4) -> Ratio:
     """Compare the replay of a history with the hooks compiled in and out, in turns (20 by default)."""
     samples = take_turns({"in": (model_command("replay", events), build(True)),

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import paired
+import threads
 import workloads
 
 ROWS = []
@@ -105,6 +106,32 @@ def memory():
             model[key] <= limit, model=model[key], c=c[key])
 
 
+def scale(pages, **turns):
+    for name, what in (("vma_find", "find (access a page)"), ("vma_split", "split (mprotect of a page)"),
+                       ("vma_merge", "merge (back again)"), ("vma_cut", "split (munmap of a page)"),
+                       ("vma_fill", "merge (mmap of it)")):
+        f = paired.few_and_many(name, 1000, 1_000_000, **turns)
+        c = f"; C {f['c_few_ns']:.0f}, {f['c_many_ns']:.0f} ns: {f['c_ratio']:.1f}x" if "c_ratio" in f else ""
+        row(f"a million VMAs, random places: {what}", "at most 4x the cost at a thousand",
+            f"{f['few_ns']:.0f}, {f['many_ns']:.0f} ns: {f['ratio']:.2f}x [{f['low']:.2f}, {f['high']:.2f}]{c}",
+            f["ratio"] <= 4, **f)
+    for name, what in (("vma_lookup", "look-ups alone"),
+                       ("vma_lookup_dependent", "look-ups alone, each waits for the one before")):
+        f = paired.few_and_many(name, 1000, 1_000_000, **turns)
+        row(f"a million VMAs: {what}", "reported", f"{f['few_ns']:.0f}, {f['many_ns']:.0f} ns: {f['ratio']:.1f}x", **f)
+    if (os.cpu_count() or 1) >= threads.WORKERS:
+        for work in threads.WORK:
+            r = paired.threads_and_processes(work)
+            limited = work == "small_calls"                         # by the interpreter's lock
+            row(f"{threads.WORKERS} threads on one PhysicalMemory, against as many processes: {work}",
+                "reported (the GIL)" if limited else "at least 0.85", f"{r.ratio:.2f} [{r.low:.2f}, {r.high:.2f}]",
+                None if limited else r.ratio >= 0.85, **r._asdict())
+    f = paired.resident(paired.model_command("memory_shared", pages))
+    for key, what, limit in (("page_bytes", f"{pages:,} pages mapped by 64 address spaces, half of the frames shared", 48),
+                             ("mapper_bytes", "of these, each further mapper", 10)):
+        row(what, f"at most {limit} bytes per page", f"{f[key]:.1f}", f[key] <= limit, bytes=f[key])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer turns, wider intervals")
@@ -123,6 +150,7 @@ def main() -> int:
     others(**turns)
     replays(**turns)
     memory()
+    scale(1_000_000 if arguments.quick else 100_000_000, **({"rounds": 2, "launches": 1} if arguments.quick else {}))
 
     print("| what | must reach | measured | |\n|---|---|---|---|")
     for r in ROWS:

@@ -349,9 +349,117 @@ def replay_recorded(history=RECORDED):
     return _replay("replay_recorded", Trace.load(shipped if shipped.exists() else history))
 
 
+VMA_PAGES = 4
+READ_ONLY, WRITABLE = mmap.PROT_READ, mmap.PROT_READ | mmap.PROT_WRITE
+
+
+class _ManyVmas:
+    """An address space of so many VMAs of written pages, each differing from its neighbours, and random pages inside them."""
+
+    def __init__(self, vmas, pick):
+        self.mm = ioproc.AddressSpace(ioproc.PhysicalMemory(frames=VMA_PAGES * vmas + 64), max_map_count=4 * vmas + 64)
+        self.vmas, self.pick = vmas, pick
+        self.rng = np.random.default_rng(1)
+        length = VMA_PAGES * PAGE
+        self.base = self.mm.mmap(vmas * length)
+        self.mm.touch(self.base, vmas * length, write=True)
+        for addr in range(self.base, self.base + vmas * length, 2 * length):
+            self.mm.mprotect(addr, length, READ_ONLY)
+
+    def calls(self):
+        """(address, what its VMA allows, what it does not) of the second page of random VMAs."""
+        chosen = self.rng.choice(self.vmas, self.pick, replace=self.pick > self.vmas)
+        return [(self.base + (VMA_PAGES * vma + 1) * PAGE, *((WRITABLE, READ_ONLY) if vma % 2 else (READ_ONLY, WRITABLE)))
+                for vma in chosen.tolist()]
+
+    def find(self, calls):
+        touch = self.mm.touch
+        for addr, _, _ in calls:
+            touch(addr)
+
+    def split(self, calls):
+        mprotect = self.mm.mprotect
+        for addr, _, other in calls:
+            mprotect(addr, PAGE, other)
+
+    def merge(self, calls):
+        mprotect = self.mm.mprotect
+        for addr, same, _ in calls:
+            mprotect(addr, PAGE, same)
+
+    def unmap(self, calls):
+        munmap = self.mm.munmap
+        for addr, _, _ in calls:
+            munmap(addr, PAGE)
+
+    def map(self, calls):
+        mm_mmap, flags = self.mm.mmap, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | ioproc.MAP_FIXED
+        for addr, same, _ in calls:
+            mm_mmap(PAGE, same, flags, addr=addr)
+
+
+def vma_find(vmas=1000):
+    """Access a present page of a random one of many VMAs."""
+    many = _ManyVmas(vmas, 20000)
+    return Workload("vma_find", many.pick, lambda: (many.calls(),), many.find, lambda calls: None)
+
+
+def _changed(name, vmas, there, back):
+    """Calls of one kind, each on another VMA, and what undoes them: of so many VMAs that no cache has them all."""
+    many = _ManyVmas(vmas, min(20000, vmas // 2))
+    there, back = getattr(many, there), getattr(many, back)
+
+    def prepare(first=None):
+        calls = many.calls()
+        if first:
+            first(calls)
+            many.rng.shuffle(calls)
+        return (calls,)
+
+    if name in ("vma_merge", "vma_fill"):
+        return Workload(name, many.pick, lambda: prepare(there), back, lambda calls: None)
+    return Workload(name, many.pick, prepare, there, back)
+
+
+def vma_split(vmas=1000):
+    """Change the protection of a page inside a VMA: one becomes three."""
+    return _changed("vma_split", vmas, "split", "merge")
+
+
+def vma_merge(vmas=1000):
+    """Change it back: three become one."""
+    return _changed("vma_merge", vmas, "split", "merge")
+
+
+def vma_cut(vmas=1000):
+    """Unmap a page inside a VMA: one becomes two."""
+    return _changed("vma_cut", vmas, "unmap", "map")
+
+
+def vma_fill(vmas=1000):
+    """Map it again: what is left and right of it and the page become one."""
+    return _changed("vma_fill", vmas, "unmap", "map")
+
+
+def vma_lookup(vmas=1000, dependent=False):
+    """Look random addresses up in the tree, nothing else; `dependent`: one waits for the result of the one before."""
+    many = _ManyVmas(vmas, 20000)
+
+    def prepare():
+        return (np.array([addr for addr, _, _ in many.calls()], np.uint64),)
+
+    return Workload("vma_lookup", many.pick, prepare, lambda addresses: _core.find_vmas(many.mm, addresses, dependent),
+                    lambda addresses: None)
+
+
+def vma_lookup_dependent(vmas=1000):
+    return vma_lookup(vmas, dependent=True)
+
+
 WORKLOADS = {w.__name__: w for w in (
     touch, unmap, fork, cow, cow_contents, fault_reclaim, swapin_write, swapin_read, reclaim, reclaim_16, pageout, truncate,
-    punch, mlock, pin, hugetlb, hooksite, dispatch, replay, replay_recorded)}
+    punch, mlock, pin, hugetlb, hooksite, dispatch, replay, replay_recorded,
+    vma_find, vma_split, vma_merge, vma_cut, vma_fill, vma_lookup, vma_lookup_dependent)}
 
 
 def _resident() -> int:
@@ -374,15 +482,43 @@ def memory(pages=262144, children=4) -> dict:
     return {"dense_bytes": (dense - before) / pages, "mapper_bytes": (mapper - dense) / pages / children}
 
 
+def memory_shared(pages=1_000_000, spaces=64) -> dict:
+    """Measure resident memory of so many mapped pages in a family of address spaces that shares half of its frames.
+
+    A parent is forked, then each child writes to the first half of its pages.  Bytes per mapped page, and per page of a
+    further mapper (the forks, before anybody writes).
+    """
+    each = pages // spaces
+    length = each * PAGE
+    ctypes.CDLL(None).malloc_trim(0)
+    before = _resident()
+    mm = ioproc.AddressSpace(ioproc.PhysicalMemory(frames=(each // 2 + 1) * (spaces + 1)))
+    addr = mm.mmap(length)
+    mm.touch(addr, length, write=True)
+    alone = _resident()
+    family = [mm] + [mm.fork() for _ in range(spaces - 1)]
+    forked = _resident()
+    for child in family[1:]:
+        child.touch(addr, each // 2 * PAGE, write=True)
+    after = _resident()
+    mapped = sum(space.stats["rss_pages"] for space in family)
+    for space in family:
+        space.exit()
+    return {"page_bytes": (after - before) / mapped, "mapper_bytes": (forked - alone) / each / (spaces - 1),
+            "resident_bytes": after - before, "mapped": mapped}
+
+
+MEMORY = {"memory": memory, "memory_shared": memory_shared}
+
+
 def main(arguments) -> int:
-    if not arguments or arguments[0] not in {*WORKLOADS, "memory"}:
-        print("usage: workloads.py NAME [UNITS [REPETITIONS | -]]\nnames:", *WORKLOADS, "memory",
-              file=sys.stderr)
+    if not arguments or arguments[0] not in {*WORKLOADS, *MEMORY}:
+        print("usage: workloads.py NAME [UNITS [REPETITIONS | -]]\nnames:", *WORKLOADS, *MEMORY, file=sys.stderr)
         return 2
     name, *rest = arguments
     units = [int(rest[0]) if rest[0].isdigit() else rest[0]] if rest else []
-    if name == "memory":
-        print("name=memory", *(f"{key}={value:.3f}" for key, value in memory(*units).items()))
+    if name in MEMORY:
+        print(f"name={name}", *(f"{key}={value:.3f}" for key, value in MEMORY[name](*units).items()))
         return 0
     keep_heap()
     workload = WORKLOADS[name](*units)

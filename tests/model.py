@@ -876,19 +876,28 @@ class MM(VmaList, HugeMappings):
             kind = "anon" if write else "zero"
             pte = Pte(self.mem.allocate(), writable, exclusive=True) if write else Pte(self.mem.zero, False)
         else:
-            kind = "file"
-            frame = vma.file.page(self.shows.get(page, vma.pgoff_at(page)))
-            if frame is None:
+            kind, file, number = "file", vma.file, self.shows.get(page, vma.pgoff_at(page))
+            if number >= file.end:
                 raise BusError(addr)
-            if vma.flags & Flag.SHARED or not write:
-                pte = Pte(frame, writable and bool(vma.flags & Flag.SHARED))
+            if write and not vma.flags & Flag.SHARED:
+                pte = Pte(self._early_copy(file, number), writable, exclusive=True)
             else:
-                pte = Pte(self.mem.allocate(frame.data), writable, exclusive=True)
+                pte = Pte(file.page(number), writable and bool(vma.flags & Flag.SHARED))
         self.faults[kind] += 1
         pte.dirty = write       # before the hook, which may look
         self._set(page, pte)
         self.fire("update_page", vma, page)
         return pte
+
+    def _early_copy(self, file, number):
+        """A private copy of a page that is not mapped yet. Both frames, or none."""
+        copy = self.mem.allocate()
+        try:
+            copy.data[:] = file.page(number).data
+        except OutOfFrames:
+            self.mem.release(copy)
+            raise
+        return copy
 
     def _fault_swapped(self, vma, page, entry, write):
         slot, frame = entry.slot, entry.slot.frame

@@ -336,10 +336,7 @@ class File:
         return -(self.size // -self.page_size)
 
     def page(self, number):
-        """The frame of a page; None beyond the end of the file."""
-        return self._page(number) if number < self.end else None
-
-    def _page(self, number):
+        """The frame of a page, read in if need be."""
         if number not in self.pages:
             slot = self.slots.get(number)
             frame = self.mem.allocate(slot.data if slot else self.stored.get(number))
@@ -388,7 +385,7 @@ class File:
         if self.page_size == HUGE:
             fail(errno.EINVAL)
         for at, n in chunks(offset, len(data)):
-            frame = self.mem.with_room(self._page, at // PAGE)
+            frame = self.mem.with_room(self.page, at // PAGE)
             self.size = max(self.size, at + n)
             frame.data[at % PAGE:at % PAGE + n] = data[at - offset:at - offset + n]
             frame.dirty = True
@@ -445,7 +442,6 @@ class File:
         zeros = slice(at, at + n)
         if number in self.pages:
             self.pages[number].data[zeros] = bytes(n)
-            self.pages[number].dirty = True
         for place in (self.slots, self.stored):
             if number in place:
                 data = bytearray(self._contents(number))

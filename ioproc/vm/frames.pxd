@@ -243,14 +243,12 @@ cdef inline void frame_map_again(Frame *frame) noexcept nogil:
 
 cdef inline void frame_unmap(FrameBatch *batch, u64 pfn) noexcept nogil:
     cdef Frame *frame = frame_at(batch.mem, pfn)
-    cdef u64 left
-    if atomic_load(&frame.counts) == 1:
+    cdef u64 left = 0
+    if atomic_load(&frame.counts) != 1:
+        left = atomic_sub(&frame.counts, 1)
+    if left == 0:                           # one place: else it is too long to be inlined
         batch_free(batch, pfn)
-        return
-    left = atomic_sub(&frame.counts, 1)
-    if left == 0:
-        batch_free(batch, pfn)
-    elif mapcount_of(left) == 0 and atomic_load(&frame.owner) & OWNER_ANON:
+    elif unlikely(mapcount_of(left) == 0) and atomic_load(&frame.owner) & OWNER_ANON:
         frame_disown(batch, pfn)
 
 

@@ -244,17 +244,18 @@ cdef u64 huge_page(VMArea *vma, u64 addr, u64 spent, bint *cached) noexcept nogi
     cdef FileCache *file = vma.file
     cdef Memory *mem = file.mem
     cdef u64 at = vma_index(vma, addr) << PAGE_SHIFT
-    cdef Table *leaf = leaf_make(file.pages, at >> 9)
-    cdef u64 *entry
+    cdef Table *leaf
+    cdef u64 *entry = huge_entry(file.pages, at)
     cdef u64 pfn = 0
-    if leaf == NULL:
-        return 0
-    entry = &leaf.entry[table_index(at >> 9, 0)]
     cached[0] = True
-    if entry[0] > HUGE_RESERVED:
+    if entry != NULL and entry[0] > HUGE_RESERVED:
         pfn = entry[0]
         atomic_add(&huge_frame(mem, pfn).counts, 1)
     elif vma.flags & VM_SHARED:
+        leaf = leaf_make(file.pages, at >> 9)
+        if leaf == NULL:
+            return 0
+        entry = &leaf.entry[table_index(at >> 9, 0)]
         pfn = huge_take(mem, entry[0] == HUGE_RESERVED)
         if pfn:
             huge_frame(mem, pfn).counts = ONE_REFERENCE + 1
@@ -262,14 +263,14 @@ cdef u64 huge_page(VMArea *vma, u64 addr, u64 spent, bint *cached) noexcept nogi
             atomic_store(&huge_frame(mem, pfn).owner, <u64> file)
             leaf.used += entry[0] == 0
             entry[0] = pfn
+        elif leaf.used == 0:
+            leaf_drop(file.pages, at >> 9)
     elif vma.anon != NULL:                  # else it has just left the page cache
         cached[0] = False
         pfn = huge_take(mem, vma.flags & VM_RESERVED and spent != HUGE_SPENT)
         if pfn:
             huge_frame(mem, pfn).counts = 1
             huge_own(huge_frame(mem, pfn), vma, addr)
-    if leaf.used == 0:
-        leaf_drop(file.pages, at >> 9)
     return pfn
 
 
@@ -360,24 +361,28 @@ cdef int access_any(MM *mm, u64 addr, bint write, FrameBatch *batch, u64 *pte) n
 
 cdef int touch_any(MM *mm, u64 start, u64 end, bint write, FrameBatch *batch, u64 *faulted, u64 *stopped) noexcept nogil:
     """`touch_range` over pages huge or not; a huge one takes one fault."""
-    cdef u64 faults = 0
+    cdef int why = touch_range(mm, start, end, write, batch, faulted, stopped)
+    return why if likely(why != ACCESS_HUGE) else touch_from_huge(mm, end, write, batch, faulted, stopped)
+
+
+cdef int touch_from_huge(MM *mm, u64 end, bint write, FrameBatch *batch, u64 *faulted, u64 *stopped) noexcept nogil:
+    """What is left of the range at *stopped, which a huge page maps; counts on in *faulted."""
+    cdef u64 faults = faulted[0]
     cdef u64 *pte
-    cdef u64 before
-    cdef int why
-    while True:
-        why = touch_range(mm, start, end, write, batch, faulted, stopped)
-        faults += faulted[0]
-        if why != ACCESS_HUGE:
-            break
+    cdef bint present
+    cdef int why = ACCESS_HUGE
+    while why == ACCESS_HUGE:
         pte = huge_entry(mm.huge, stopped[0])
-        before = pte != NULL and pte_allows(pte[0], write)
+        present = pte != NULL and pte_allows(pte[0], write)
         why = huge_access(mm, stopped[0], write, &pte)
         if why:
             break
-        faults += not before
-        start = (stopped[0] & HUGE_MASK) + HUGE_SIZE
-        if start >= end:
-            break
+        faults += not present
+        faulted[0] = 0
+        stopped[0] = (stopped[0] & HUGE_MASK) + HUGE_SIZE
+        if stopped[0] < end:
+            why = touch_range(mm, stopped[0], end, write, batch, faulted, stopped)
+            faults += faulted[0]
     faulted[0] = faults
     return why
 

@@ -64,8 +64,7 @@ cdef int vma_split(MM *mm, VMArea *vma, u64 addr) noexcept nogil:
     upper = vma_duplicate(vma, addr, vma.end, vma_index(vma, addr))
     if upper == NULL:
         return -ENOMEM
-    vma_resize(vma, vma.start, addr)
-    vma_insert(mm, upper)
+    vma_divide(mm, vma, upper)
     return 0
 
 
@@ -152,20 +151,27 @@ cdef void vma_remove(MM *mm, VMArea *vma) noexcept nogil:
     vma_free(vma)
 
 
+cdef void vma_swallow(MM *mm, VMArea *vma) noexcept nogil:
+    """`vma` becomes one with its successor."""
+    cdef VMArea *next = vma.next
+    if next.flags & VM_RESERVED:
+        huge_unreserve(next)
+    vma_absorb(mm, vma)
+    vma_free(next)
+
+
 cdef VMArea *merge_new(MM *mm, Proposed *want) noexcept nogil:
     """The VMA that grew over the free range, or NULL: nothing fits, or no memory."""
     cdef bint left = may_merge_prev(want)
     cdef bint right = may_merge_next(want, left) and not (left and is_counted(want.next))
-    cdef u64 end
     if left:
-        end = want.next.end if right else want.end
         if right and not anon_inherit(want.prev, want.next):
             return NULL
         if not anon_inherit(want.prev, want.copied):
             return NULL
+        vma_resize(want.prev, want.prev.start, want.end)
         if right:
-            vma_remove(mm, want.next)
-        vma_resize(want.prev, want.prev.start, end)
+            vma_swallow(mm, want.prev)
         return want.prev
     if right:
         if not anon_inherit(want.next, want.copied):
@@ -185,7 +191,6 @@ cdef VMArea *merge_existing(MM *mm, Proposed *want) noexcept nogil:
     cdef bint at_end = want.end == middle.end
     cdef bint left = at_start and may_merge_prev(want)
     cdef bint right
-    cdef u64 end
     if not at_end:
         want.next = NULL
     right = at_end and may_merge_next(want, left)
@@ -196,19 +201,17 @@ cdef VMArea *merge_existing(MM *mm, Proposed *want) noexcept nogil:
     if left and right:
         if not anon_inherit(want.prev, want.next if want.next.anon != NULL else middle):
             return NULL
-        end = want.next.end
-        vma_remove(mm, want.next)
-        vma_remove(mm, middle)
-        vma_resize(want.prev, want.prev.start, end)
+        vma_swallow(mm, want.prev)
+        vma_swallow(mm, want.prev)
         return want.prev
     if left:
         if not anon_inherit(want.prev, middle):
             return NULL
         if at_end:
-            vma_remove(mm, middle)
+            vma_swallow(mm, want.prev)
         else:
             vma_resize(middle, want.end, middle.end)
-        vma_resize(want.prev, want.prev.start, want.end)
+            vma_resize(want.prev, want.prev.start, want.end)
         return want.prev
     if right:
         if not anon_inherit(want.next, middle):

@@ -171,24 +171,31 @@ cdef void pages_unused(MM *mm, u64 start, u64 end, bint out) noexcept nogil:
     """MADV_COLD, MADV_PAGEOUT: the pages of the range that nobody else maps are old, or go `out` at once."""
     cdef Memory *mem = mm.mem
     cdef u64 addr = start
-    cdef u64 stop
+    cdef u64 begin, stop
     cdef u64 *pte
     cdef Table *leaf
     cdef Scan scan
     scan_begin(&scan, mem)
     while True:
-        leaf = leaf_next(mm.root, &addr, end, &stop)        # anew for each page: the last one's table may be gone
+        leaf = leaf_next(mm.root, &addr, end, &stop)
         if leaf == NULL:
             break
-        pte = &leaf.entry[table_index(addr, 0)]
-        if pte[0] and not pte[0] & PTE_UNCOUNTED and mapcount_of(atomic_load(&frame_at(mem, pte_pfn(pte[0])).counts)) == 1:
-            if out:
-                pthread_mutex_lock(&mem.lock)
-                reclaim_frame(&scan, pte_pfn(pte[0]), True)
-                pthread_mutex_unlock(&mem.lock)
-            else:
-                pte[0] &= ~<u64> PTE_YOUNG
-        addr += PAGE_SIZE
+        begin = addr
+        leaf.used += 1                      # it stays, whatever reclaim takes out of it
+        pthread_mutex_lock(&mem.lock)
+        while addr < stop:
+            pte = &leaf.entry[table_index(addr, 0)]
+            if (pte[0] and not pte[0] & PTE_UNCOUNTED
+                    and mapcount_of(atomic_load(&frame_at(mem, pte_pfn(pte[0])).counts)) == 1):
+                if out:
+                    reclaim_frame(&scan, pte_pfn(pte[0]), True)
+                else:
+                    pte[0] &= ~<u64> PTE_YOUNG
+            addr += PAGE_SIZE
+        pthread_mutex_unlock(&mem.lock)
+        leaf.used -= 1
+        if leaf.used == 0:
+            leaf_drop(mm.root, begin)
     scan_end(&scan)
 
 

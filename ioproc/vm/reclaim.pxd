@@ -7,12 +7,12 @@ from libc.stdint cimport uint32_t as u32, uint64_t as u64
 from libc.stdlib cimport free, malloc, realloc
 from ioproc.hooks.chain cimport INVALIDATE_PAGE, unlikely
 from ioproc.vm.fire cimport fire_page
-from ioproc.vm.frames cimport ONE_REFERENCE, frames_free, mapcount_of, pool_give, references_of
+from ioproc.vm.frames cimport BATCH, ONE_REFERENCE, frames_free, mapcount_of, pool_give, references_of
 from ioproc.vm.huge cimport huge_entry
 from ioproc.vm.mm cimport (
     HOOKED, MM, OWNER_ANON, OWNER_BITS, OWNER_DIRTY, PAGE_SHIFT, PTE_DIRTY, PTE_EXCLUSIVE, PTE_UNCOUNTED, PTE_YOUNG,
     VM_HUGETLB, VM_LOCKED, AnonLink, AnonVMA, FileCache, Frame, Memory, Table, Victims, VMArea, atomic_load, atomic_or,
-    atomic_store, atomic_sub, mm_is_mine, mm_trylock, mm_unlock, pthread_mutex_lock, pthread_mutex_unlock, vma_index)
+    atomic_store, atomic_sub, mm_trylock, mm_unlock, pthread_mutex_lock, pthread_mutex_unlock, pthread_self, vma_index)
 from ioproc.vm.page_table cimport leaf_drop, leaf_find, pte_find, table_index
 from ioproc.vm.swap cimport CACHE_DISK, CACHE_SLOT, slot_give, slot_take, swap_pte
 
@@ -33,6 +33,9 @@ cdef struct Scan:               # one frame: where it is mapped, and the locks t
     u64 nspots
     u64 nlocked
     u64 room                    # of both
+    u64 me                      # this thread: what it has locked is not tried
+    u64 nfreed
+    u32 freed[BATCH]            # on their way to the pool
     Spot few_spots[FEW_SPOTS]
     MM *few_locked[FEW_SPOTS]
 
@@ -81,31 +84,46 @@ cdef inline void victim_note_frame(Scan *scan, u64 owner, u64 index) noexcept no
 
 cdef inline void scan_begin(Scan *scan, Memory *mem) noexcept nogil:
     scan.mem = mem
+    scan.me = <u64> pthread_self()
     scan.spots = scan.few_spots
     scan.locked = scan.few_locked
     scan.room = FEW_SPOTS
     scan.nspots = 0
     scan.nlocked = 0
+    scan.nfreed = 0
 
 
-cdef inline void scan_end(Scan *scan) noexcept nogil:
+cdef inline void scan_drop_room(Scan *scan) noexcept nogil:
     if scan.spots != scan.few_spots:
         free(scan.spots)
         free(scan.locked)
+    scan.spots = scan.few_spots
+    scan.locked = scan.few_locked
+    scan.room = FEW_SPOTS
+
+
+cdef inline void scan_end(Scan *scan) noexcept nogil:
+    scan_drop_room(scan)
+    if scan.nfreed:
+        pool_give(scan.mem, scan.freed, scan.nfreed)
 
 
 cdef inline bint scan_reserve(Scan *scan, u64 count) noexcept nogil:
+    cdef Spot *spots
+    cdef MM **locked
     if count <= scan.room:
         return True
-    scan_end(scan)
-    scan.spots = <Spot *> malloc(count * sizeof(Spot))
-    scan.locked = <MM **> malloc(count * sizeof(MM *))
+    scan_drop_room(scan)
+    spots = <Spot *> malloc(count * sizeof(Spot))
+    locked = <MM **> malloc(count * sizeof(MM *))
+    if spots == NULL or locked == NULL:
+        free(spots)
+        free(locked)
+        return False
+    scan.spots = spots
+    scan.locked = locked
     scan.room = count
-    if scan.spots != NULL and scan.locked != NULL:
-        return True
-    scan_end(scan)
-    scan_begin(scan, scan.mem)
-    return False
+    return True
 
 
 cdef inline void scan_unlock(Scan *scan) noexcept nogil:
@@ -120,9 +138,10 @@ cdef inline bint scan_vma(Scan *scan, VMArea *vma, u64 index, u64 pfn) noexcept 
     cdef MM *mm = vma.mm
     cdef u64 addr
     cdef u64 *pte
+    cdef Spot *spot = &scan.spots[scan.nspots]
     if index < vma.pgoff or index >= vma_index(vma, vma.end):
         return True
-    if not mm_is_mine(mm):
+    if atomic_load(&mm.owner) != scan.me:
         if not mm_trylock(mm):
             return True
         scan.locked[scan.nlocked] = mm
@@ -133,9 +152,9 @@ cdef inline bint scan_vma(Scan *scan, VMArea *vma, u64 index, u64 pfn) noexcept 
         return True
     if vma.flags & VM_LOCKED:
         return False
-    scan.spots[scan.nspots].vma = vma
-    scan.spots[scan.nspots].addr = addr
-    scan.spots[scan.nspots].pte = pte
+    spot.vma = vma
+    spot.addr = addr
+    spot.pte = pte
     scan.nspots += 1
     return True
 
@@ -169,7 +188,8 @@ cdef inline bint scan_frame(Scan *scan, const Frame *frame, u64 owner, u64 pfn) 
             if not scan_vma(scan, vma, index, pfn):
                 return False
             vma = vma.file_above
-    return scan.nspots == mapcount_of(atomic_load(&frame.counts))
+    # a frame found nowhere is not ours to take, though its count be 0 by now: who unmapped it frees it
+    return scan.nspots == mapcount_of(atomic_load(&frame.counts)) and (scan.nspots > 0 or mapped == 0)
 
 
 cdef inline void spot_unmap(Spot *spot, u64 slot) noexcept nogil:
@@ -214,14 +234,17 @@ cdef inline u64 scan_bits(const Scan *scan) noexcept nogil:
     return bits
 
 
-cdef inline void frame_back_to_pool(Memory *mem, Frame *frame, u64 pfn) noexcept nogil:
-    """Its contents are elsewhere."""
-    cdef u32 number = <u32> pfn
+cdef inline void frame_back_to_pool(Scan *scan, Frame *frame, u64 pfn) noexcept nogil:
+    """Its contents are elsewhere.  The pool has it when the scan ends, or when there are enough of them."""
     frame.contents = NULL
     atomic_store(&frame.counts, 0)
     atomic_store(&frame.owner, 0)
-    pool_give(mem, &number, 1)
-    mem.reclaim.reclaimed += 1
+    if unlikely(scan.nfreed == BATCH):
+        pool_give(scan.mem, scan.freed, scan.nfreed)
+        scan.nfreed = 0
+    scan.freed[scan.nfreed] = <u32> pfn
+    scan.nfreed += 1
+    scan.mem.reclaim.reclaimed += 1
 
 
 cdef inline bint reclaim_anonymous(Scan *scan, Frame *frame, u64 owner, u64 pfn) noexcept nogil:
@@ -251,7 +274,7 @@ cdef inline bint reclaim_anonymous(Scan *scan, Frame *frame, u64 owner, u64 pfn)
         mem.reclaim.swapped_out += scan.nspots != 0
     else:
         mem.reclaim.discarded += 1
-    frame_back_to_pool(mem, frame, pfn)
+    frame_back_to_pool(scan, frame, pfn)
     return True
 
 
@@ -283,7 +306,7 @@ cdef inline bint reclaim_cached(Scan *scan, Frame *frame, u64 owner, u64 pfn) no
             slot_give(mem, slot)
         if left == 0:
             free(frame.contents)
-            frame_back_to_pool(mem, frame, pfn)
+            frame_back_to_pool(scan, frame, pfn)
         return left == 0
     if slot:
         mem.slots[slot].contents = frame.contents
@@ -304,7 +327,7 @@ cdef inline bint reclaim_cached(Scan *scan, Frame *frame, u64 owner, u64 pfn) no
         leaf.used -= 1
         if leaf.used == 0:
             leaf_drop(file.pages, addr)
-    frame_back_to_pool(mem, frame, pfn)
+    frame_back_to_pool(scan, frame, pfn)
     return True
 
 

@@ -369,26 +369,73 @@ cdef inline void vma_set_next_gap(MM *mm, Path *path, VMArea *next) noexcept nog
             vma_set_gap(mm, next)
 
 
-cdef inline void vma_resize(VMArea *vma, u64 start, u64 end) noexcept nogil:
-    """Move the bounds, over free memory; pgoff follows the start."""
-    cdef MM *mm = vma.mm
-    cdef u64 pages = vma_pages(vma)
-    # what the reverse map reads of a VMA changes under the lock of the reverse map
+cdef inline void vma_set_bounds(VMArea *vma, u64 start, u64 end) noexcept nogil:
+    """pgoff follows the start.  What the reverse map reads of a VMA changes under its lock."""
     cdef bint listed = vma.anon_links != NULL or vma.file != NULL
-    cdef Path path
-    path_find(mm, vma.start, &path)
     if listed:
-        pthread_mutex_lock(&mm.mem.lock)
+        pthread_mutex_lock(&vma.mm.mem.lock)
     vma.pgoff += <u64> (<i64> (start - vma.start) >> PAGE_SHIFT)
     vma.start = start
     vma.end = end
     if listed:
-        pthread_mutex_unlock(&mm.mem.lock)
+        pthread_mutex_unlock(&vma.mm.mem.lock)
+
+
+cdef inline void vma_resize(VMArea *vma, u64 start, u64 end) noexcept nogil:
+    """Move the bounds, over free memory."""
+    cdef MM *mm = vma.mm
+    cdef u64 pages = vma_pages(vma)
+    cdef Path path
+    path_find(mm, vma.start, &path)
+    vma_set_bounds(vma, start, end)
     pages_count(mm, vma.flags, vma_pages(vma) - pages)
     path.node[0].entry[path.slot[0]].end = end
     path.node[0].gap[path.slot[0]] = vma_gap(vma)
     vma_set_next_gap(mm, &path, vma.next)
     path_settle(mm, &path, 0)
+
+
+cdef inline void vma_divide(MM *mm, VMArea *vma, VMArea *upper) noexcept nogil:
+    """`upper`, not in the address space yet, takes over the end of `vma`.  The others, and so the gaps, stay as they are."""
+    cdef Path path
+    path_find(mm, vma.start, &path)
+    vma_set_bounds(vma, vma.start, upper.start)
+    upper.prev = vma
+    upper.next = vma.next
+    vma.next = upper
+    if upper.next != NULL:
+        upper.next.prev = upper
+    else:
+        mm.last = upper
+    path.node[0].entry[path.slot[0]].end = upper.start
+    path.slot[0] += 1
+    tree_insert(mm, &path, upper.end, upper, 0)
+    mm.map_count += 1
+
+
+cdef inline void vma_absorb(MM *mm, VMArea *vma) noexcept nogil:
+    """The opposite: `vma` takes over its successor, which begins where it ends and leaves the address space."""
+    cdef VMArea *next = vma.next
+    cdef Path path
+    path_find(mm, next.start, &path)
+    if likely(path.slot[0] > 0):
+        path.node[0].entry[path.slot[0] - 1].end = next.end
+    tree_erase(mm, &path)
+    pages_count(mm, next.flags, 0 - vma_pages(next))
+    pages_count(mm, vma.flags, vma_pages(next))
+    vma.next = next.next
+    if next.next != NULL:
+        next.next.prev = vma
+    else:
+        mm.last = vma
+    if unlikely(path.slot[0] == 0):         # they were in two leaves
+        path_find(mm, vma.start, &path)
+        path.node[0].entry[path.slot[0]].end = next.end
+        path_settle(mm, &path, 0)
+    vma_set_bounds(vma, vma.start, next.end)
+    if mm.cached == next:
+        mm.cached = vma
+    mm.map_count -= 1
 
 
 cdef inline void vma_insert(MM *mm, VMArea *vma) noexcept nogil:
