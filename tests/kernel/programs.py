@@ -588,7 +588,7 @@ class _HugeWriter:
             flags |= ANONYMOUS | (HUGETLB if rng.random() < 0.85 else 0)
         flags |= MAP_FIXED if rng.random() < 0.85 else MAP_FIXED_NOREPLACE
         for flag, share in ((NORESERVE, 0.2), (POPULATE, 0.1), (LOCKED, 0.05), (GROWSDOWN, 0.02)):
-            if rng.random() < share:
+            if rng.random() < share and (flag != GROWSDOWN or flags & HUGETLB):
                 flags |= flag
         if self.forks and flags & 3 == PRIVATE:
             flags |= NORESERVE
