@@ -134,10 +134,12 @@ cdef void mm_configure(MM *mm, const MM *like) noexcept nogil:
 cdef bint fork_vmas(MM *parent, MM *child) noexcept nogil:
     cdef VMArea *vma = parent.first
     cdef VMArea *copy
+    cdef u64 flags
     cdef bint copied, done
     while vma != NULL:
         if not vma.flags & VM_DONTCOPY:
-            copy = vma_new(child, vma.start, vma.end, vma.pgoff, vma.flags & ~<u64> (VM_LOCKED | VM_RESERVED | VM_ROBBED), vma.file)
+            flags = vma.flags & ~<u64> (VM_LOCKED | VM_RESERVED | VM_ROBBED)
+            copy = vma_new(child, vma.start, vma.end, vma.pgoff, flags, vma.file)
             if copy == NULL:
                 return False
             copy.attach = vma.attach

@@ -347,7 +347,8 @@ cdef inline bint reclaim_frame(Scan *scan, u64 pfn, bint force) noexcept nogil:
     # free or on its way; referenced by more than its cache
     if counts == 0 or references_of(counts) != <u64> cached:
         return False
-    if scan_frame(scan, frame, owner, pfn):
+    # once more with all locks: an address space may have pinned the frame and unmapped it
+    if scan_frame(scan, frame, owner, pfn) and references_of(atomic_load(&frame.counts)) == <u64> cached:
         if scan_bits(scan) & PTE_YOUNG and not force:
             for i in range(scan.nspots):
                 scan.spots[i].pte[0] &= ~<u64> PTE_YOUNG
