@@ -354,11 +354,14 @@ READ_ONLY, WRITABLE = mmap.PROT_READ, mmap.PROT_READ | mmap.PROT_WRITE
 
 
 class _ManyVmas:
-    """An address space of so many VMAs of written pages, each differing from its neighbours, and random pages inside them."""
+    """An address space of so many VMAs of written pages, each differing from its neighbours; calls on random ones.
 
-    def __init__(self, vmas, pick):
+    A turn's calls are on more VMAs than the caches hold, but not on so many that their arguments fill the caches.
+    """
+
+    def __init__(self, vmas):
         self.mm = ioproc.AddressSpace(ioproc.PhysicalMemory(frames=VMA_PAGES * vmas + 64), max_map_count=4 * vmas + 64)
-        self.vmas, self.pick = vmas, pick
+        self.vmas, self.pick = vmas, min(5000, vmas // 2)
         self.rng = np.random.default_rng(1)
         length = VMA_PAGES * PAGE
         self.base = self.mm.mmap(vmas * length)
@@ -366,87 +369,94 @@ class _ManyVmas:
         for addr in range(self.base, self.base + vmas * length, 2 * length):
             self.mm.mprotect(addr, length, READ_ONLY)
 
-    def calls(self):
-        """(address, what its VMA allows, what it does not) of the second page of random VMAs."""
-        chosen = self.rng.choice(self.vmas, self.pick, replace=self.pick > self.vmas)
-        return [(self.base + (VMA_PAGES * vma + 1) * PAGE, *((WRITABLE, READ_ONLY) if vma % 2 else (READ_ONLY, WRITABLE)))
-                for vma in chosen.tolist()]
+    def choose(self):
+        """The second pages of random VMAs: addresses, what the VMA allows, and what it does not."""
+        return self.protections(self.rng.choice(self.vmas, self.pick, replace=False))
 
-    def find(self, calls):
+    def protections(self, chosen):
+        odd = chosen % 2 == 1
+        return ((self.base + (VMA_PAGES * chosen + 1) * PAGE).tolist(), np.where(odd, WRITABLE, READ_ONLY).tolist(),
+                np.where(odd, READ_ONLY, WRITABLE).tolist())
+
+    def shuffled(self, addresses):
+        return self.protections(self.rng.permutation((np.array(addresses) - self.base) // PAGE // VMA_PAGES))
+
+    def find(self, addresses, *_):
         touch = self.mm.touch
-        for addr, _, _ in calls:
+        for addr in addresses:
             touch(addr)
 
-    def split(self, calls):
-        mprotect = self.mm.mprotect
-        for addr, _, other in calls:
-            mprotect(addr, PAGE, other)
+    def forget(self, addresses, *_):
+        for addr in addresses:
+            self.mm.madvise(addr, PAGE, mmap.MADV_DONTNEED)
 
-    def merge(self, calls):
+    def split(self, addresses, _, others):
         mprotect = self.mm.mprotect
-        for addr, same, _ in calls:
-            mprotect(addr, PAGE, same)
+        for addr, prot in zip(addresses, others):
+            mprotect(addr, PAGE, prot)
 
-    def unmap(self, calls):
+    def merge(self, addresses, prots, _):
+        mprotect = self.mm.mprotect
+        for addr, prot in zip(addresses, prots):
+            mprotect(addr, PAGE, prot)
+
+    def unmap(self, addresses, *_):
         munmap = self.mm.munmap
-        for addr, _, _ in calls:
+        for addr in addresses:
             munmap(addr, PAGE)
 
-    def map(self, calls):
+    def map(self, addresses, prots, _):
         mm_mmap, flags = self.mm.mmap, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | ioproc.MAP_FIXED
-        for addr, same, _ in calls:
-            mm_mmap(PAGE, same, flags, addr=addr)
+        for addr, prot in zip(addresses, prots):
+            mm_mmap(PAGE, prot, flags, addr=addr)
+
+
+def _changed(name, vmas, before, run, after):
+    """Calls of one kind, each on another VMA, between what prepares and what undoes them."""
+    many = _ManyVmas(vmas)
+    before, run, after = (getattr(many, call, None) for call in (before, run, after))
+
+    def prepare():
+        calls = many.choose()
+        if before:
+            before(*calls)
+            calls = many.shuffled(calls[0])
+        return calls
+
+    return Workload(name, many.pick, prepare, run, after or (lambda *calls: None))
 
 
 def vma_find(vmas=1000):
-    """Access a present page of a random one of many VMAs."""
-    many = _ManyVmas(vmas, 20000)
-    return Workload("vma_find", many.pick, lambda: (many.calls(),), many.find, lambda calls: None)
-
-
-def _changed(name, vmas, there, back):
-    """Calls of one kind, each on another VMA, and what undoes them: of so many VMAs that no cache has them all."""
-    many = _ManyVmas(vmas, min(20000, vmas // 2))
-    there, back = getattr(many, there), getattr(many, back)
-
-    def prepare(first=None):
-        calls = many.calls()
-        if first:
-            first(calls)
-            many.rng.shuffle(calls)
-        return (calls,)
-
-    if name in ("vma_merge", "vma_fill"):
-        return Workload(name, many.pick, lambda: prepare(there), back, lambda calls: None)
-    return Workload(name, many.pick, prepare, there, back)
+    """A read fault: find the VMA of a page that is not there, map the zero page."""
+    return _changed("vma_find", vmas, "forget", "find", "")
 
 
 def vma_split(vmas=1000):
     """Change the protection of a page inside a VMA: one becomes three."""
-    return _changed("vma_split", vmas, "split", "merge")
+    return _changed("vma_split", vmas, "", "split", "merge")
 
 
 def vma_merge(vmas=1000):
     """Change it back: three become one."""
-    return _changed("vma_merge", vmas, "split", "merge")
+    return _changed("vma_merge", vmas, "split", "merge", "")
 
 
 def vma_cut(vmas=1000):
     """Unmap a page inside a VMA: one becomes two."""
-    return _changed("vma_cut", vmas, "unmap", "map")
+    return _changed("vma_cut", vmas, "", "unmap", "map")
 
 
 def vma_fill(vmas=1000):
     """Map it again: what is left and right of it and the page become one."""
-    return _changed("vma_fill", vmas, "unmap", "map")
+    return _changed("vma_fill", vmas, "unmap", "map", "")
 
 
 def vma_lookup(vmas=1000, dependent=False):
     """Look random addresses up in the tree, nothing else; `dependent`: one waits for the result of the one before."""
-    many = _ManyVmas(vmas, 20000)
+    many = _ManyVmas(vmas)
 
     def prepare():
-        return (np.array([addr for addr, _, _ in many.calls()], np.uint64),)
+        return (np.array(many.choose()[0], np.uint64),)
 
     return Workload("vma_lookup", many.pick, prepare, lambda addresses: _core.find_vmas(many.mm, addresses, dependent),
                     lambda addresses: None)
