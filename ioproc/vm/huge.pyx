@@ -204,8 +204,6 @@ cdef int huge_write_fault(MM *mm, VMArea *vma, u64 addr, u64 *pte, bint told) no
     cdef bint anonymous = atomic_load(&frame.owner) & OWNER_ANON != 0
     cdef bint reserved = not anonymous and vma.flags & VM_RESERVED
     cdef bint alone = anonymous and mapcount_of(atomic_load(&frame.counts)) == 1
-    if not anon_prepare(vma):
-        return ACCESS_OOM
     if not alone:
         pthread_mutex_lock(&mem.lock)
         pfn = huge_take(mem, reserved)
@@ -213,6 +211,11 @@ cdef int huge_write_fault(MM *mm, VMArea *vma, u64 addr, u64 *pte, bint told) no
         if pfn == 0:
             if not anonymous or not vma.flags & VM_RESERVED or not huge_take_back(mm, vma, addr, old):
                 return ACCESS_BUS
+    if not anon_prepare(vma):               # not before there is a page: fork would see it
+        if pfn:
+            huge_frame(mem, pfn).counts = 1
+            huge_put(mem, pfn, 1, reserved)
+        return ACCESS_OOM
     if pfn == 0:
         huge_own(frame, vma, addr)
         pte[0] |= PTE_WRITE | PTE_DIRTY | PTE_YOUNG | PTE_EXCLUSIVE
@@ -312,7 +315,7 @@ cdef int huge_fault(MM *mm, VMArea *vma, u64 addr, bint write) noexcept nogil:
             leaf_drop(mm.huge, addr >> 9)
         return ACCESS_BUS
     # fork copies the entries of a VMA with an AnonVMA: one that only shows the page cache needs none
-    if not shared and (write or not huge_is_cached(vma.file, at)) and not anon_prepare(vma):
+    if not shared and not huge_is_cached(vma.file, at) and not anon_prepare(vma):
         why = ACCESS_OOM
     else:
         pthread_mutex_lock(&mem.lock)
