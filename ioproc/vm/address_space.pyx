@@ -1109,8 +1109,9 @@ cdef char *frame_contents(Memory *mem, u64 pfn) noexcept nogil:
     cdef Frame *frame = frame_at(mem, pfn)
     cdef char *contents
     pthread_mutex_lock(&mem.lock)
-    if frame.contents == NULL:
-        frame.contents = <char *> calloc(1, PAGE_SIZE)
     contents = frame.contents
+    if contents == NULL:
+        contents = <char *> calloc(1, PAGE_SIZE)
+        atomic_store(<u64 *> &frame.contents, <u64> contents)
     pthread_mutex_unlock(&mem.lock)
     return contents

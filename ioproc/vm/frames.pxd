@@ -284,10 +284,12 @@ cdef inline void frame_keep_dirty(Frame *frame) noexcept nogil:
 
 cdef inline bint frame_copy_contents(Frame *to, const Frame *source) noexcept nogil:
     """False: no memory for a buffer."""
-    if source.contents == NULL:
+    # another address space may be making it at this moment, for its first write
+    cdef const char *contents = <const char *> atomic_load(<const u64 *> &source.contents)
+    if contents == NULL:
         return True
     to.contents = <char *> malloc(PAGE_SIZE)
     if to.contents == NULL:
         return False
-    memcpy(to.contents, source.contents, PAGE_SIZE)
+    memcpy(to.contents, contents, PAGE_SIZE)
     return True
