@@ -240,6 +240,22 @@ def test_reservation_spent_on_a_page_the_child_still_has(mem, mm):
     assert pool(mem) == (4, 1)
 
 
+def test_a_spent_reservation_shows_the_page_cache(mem, mm):
+    file = ioproc.File(mem, M, huge=True)
+    of_file(mm, 4, file)
+    mm.write(BASE + 4 * M, b"file")
+    of_file(mm, 0, file, flags=mmap.MAP_PRIVATE)
+    mm.write(BASE, b"mine")
+    with mm.fork() as child:
+        mm.madvise(BASE, M, mmap.MADV_DONTNEED)             # the child has what the reservation was for
+        assert mm.read(BASE, 4) == b"file" and child.read(BASE, 4) == b"mine" and pool(mem) == (2, 0)
+        checked(mem, mm, child)
+        mm.madvise(BASE, M, mmap.MADV_DONTNEED)
+        mm.write(BASE, b"MINE")
+        assert child.read(BASE, 4) == b"mine" and pool(mem) == (1, 0)
+        checked(mem, mm, child)
+
+
 def test_files(mem, mm):
     file = ioproc.File(mem, 2 * M, huge=True)
     with pytest.raises(ValueError):

@@ -153,7 +153,7 @@ cdef const char *huge_broken(MM *mm, u32 *mapped, u64 *reserved) noexcept nogil:
             vma = vma_at(mm, (at + (i << PAGE_SHIFT)) << 9)
             if vma == NULL or not vma.flags & VM_HUGETLB:
                 return "an entry outside every hugetlb VMA"
-            if vma.flags & VM_RESERVED and (pte == HUGE_SPENT or huge_frame(mm.mem, pte_pfn(pte)).owner & OWNER_ANON):
+            if vma.flags & VM_RESERVED and (pte & HUGE_SPENT or huge_frame(mm.mem, pte_pfn(pte)).owner & OWNER_ANON):
                 reserved[0] -= 1
             if pte == HUGE_SPENT:
                 if not vma.flags & VM_RESERVED:

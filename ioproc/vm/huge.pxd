@@ -5,7 +5,7 @@
 #
 # mmap reserves pages: Memory.huge_reserved of those free belong to mappings that have not faulted them in yet.  A shared
 # mapping's are noted in its file (HUGE_RESERVED).  A private one's are its owner's (VM_RESERVED: not a child's): one for each
-# entry that is empty or maps the page cache; HUGE_SPENT is an entry that is neither mapped nor has a page reserved.
+# entry that is empty or maps the page cache, unless it has HUGE_SPENT: its page went to another, and none is reserved.
 from libc.stdint cimport uint32_t as u32, uint64_t as u64
 from libc.stdlib cimport free
 from ioproc.vm.frames cimport Frame
@@ -58,7 +58,7 @@ cdef inline u64 huge_lookup(const MM *mm, u64 addr) noexcept nogil:
     cdef u64 *pte = huge_entry(mm.huge, addr)
     if pte == NULL or not pte[0] & PTE_PRESENT:
         return 0
-    return pte[0] + ((addr & (HUGE_SIZE - 1)) >> PAGE_SHIFT << PAGE_SHIFT)
+    return (pte[0] & ~<u64> HUGE_SPENT) + ((addr & (HUGE_SIZE - 1)) >> PAGE_SHIFT << PAGE_SHIFT)
 
 
 cdef inline u64 huge_take(Memory *mem, bint reserved) noexcept nogil:
@@ -114,11 +114,10 @@ cdef inline void zap_huge_range(MM *mm, u64 start, u64 end) noexcept nogil:
                 # what the owner's reservation was spent on is reserved again, if nobody else has it
                 owned = (vma.flags & VM_RESERVED
                          and atomic_load(&huge_frame(mm.mem, pte >> PAGE_SHIFT).owner) & OWNER_ANON)
-                leaf.entry[i] = 0
+                leaf.entry[i] = pte & HUGE_SPENT
                 if not huge_put(mm.mem, pte >> PAGE_SHIFT, 1, owned) and owned:
                     leaf.entry[i] = HUGE_SPENT
-                else:
-                    leaf.used -= 1
+                leaf.used -= leaf.entry[i] == 0
             at += PAGE_SIZE
         if leaf.used == 0:
             leaf_drop(mm.huge, begin)

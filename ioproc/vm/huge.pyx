@@ -202,7 +202,7 @@ cdef int huge_write_fault(MM *mm, VMArea *vma, u64 addr, u64 *pte, bint told) no
     cdef Frame *copy
     cdef u64 pfn = 0
     cdef bint anonymous = atomic_load(&frame.owner) & OWNER_ANON != 0
-    cdef bint reserved = not anonymous and vma.flags & VM_RESERVED
+    cdef bint reserved = not anonymous and vma.flags & VM_RESERVED and not pte[0] & HUGE_SPENT
     cdef bint alone = anonymous and mapcount_of(atomic_load(&frame.counts)) == 1
     if not alone:
         pthread_mutex_lock(&mem.lock)
@@ -329,7 +329,9 @@ cdef int huge_fault(MM *mm, VMArea *vma, u64 addr, bint write) noexcept nogil:
     leaf.used += pte[0] == 0
     if shared and vma.flags & VM_WRITE:
         bits |= PTE_WRITE | (PTE_DIRTY if write else 0)
-    elif not cached:
+    elif cached:
+        bits |= pte[0] & HUGE_SPENT
+    else:
         bits |= PTE_EXCLUSIVE | (PTE_WRITE | PTE_DIRTY if write else 0)
     pte[0] = pte_make(pfn, bits)
     if cached:
@@ -424,7 +426,7 @@ cdef bint fork_huge_range(MM *parent, MM *child, VMArea *vma) noexcept nogil:
                     fire_page(parent, WRPROTECT_PAGE, vma, at << 9)
                 pte &= ~<u64> (PTE_WRITE | PTE_EXCLUSIVE)
                 leaf.entry[i] = pte
-                pte_set(copy, i, pte)
+                pte_set(copy, i, pte & ~<u64> HUGE_SPENT)
                 atomic_add(&huge_frame(parent.mem, pte_pfn(pte)).counts, 1)
             at += PAGE_SIZE
 
