@@ -48,7 +48,11 @@ def against_kernel(what, name, model_units, units, **turns):
     """Compare with the kernel alone, on fewer units; a row only where the machine has the swap or the huge pages for it."""
     kernel = paired.c_command(f"kernel_{name}", units)
     if paired.works([*kernel, 1]):
-        samples = paired.take_turns({"model": (paired.model_command(name, model_units),), "kernel": (kernel,)}, **turns)
+        try:
+            samples = paired.take_turns({"model": (paired.model_command(name, model_units),), "kernel": (kernel,)}, **turns)
+        except RuntimeError as error:       # swap may fill up on the way
+            print(f"{what}, against the running kernel: left out: {error}", file=sys.stderr, flush=True)
+            return
         r = paired.compare(samples["kernel"], samples["model"])
         row(f"{what}, against the running kernel", "reported",
             f"kernel {r.a:.0f} ns: {r.ratio:.0f}x [{r.low:.0f}, {r.high:.0f}]", **r._asdict())
