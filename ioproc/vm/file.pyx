@@ -116,7 +116,7 @@ cdef void file_zero(FileCache *file, u64 start, u64 end) noexcept nogil:
         return
     contents = <char *> file_contents(file, start) if start < FILE_END else NULL
     entry = pte_find(file.pages, start) if start < FILE_END else NULL
-    if entry != NULL and cache_pfn(entry[0]):
+    if entry != NULL and start < end and cache_pfn(entry[0]):
         atomic_or(&frame_at(file.mem, entry[0]).owner, OWNER_DIRTY)
     if contents != NULL:
         memset(contents + (start & (PAGE_SIZE - 1)), 0, end - start)
