@@ -108,16 +108,12 @@ cdef void file_drop(FileCache *file, u64 start, u64 end) noexcept nogil:
 cdef void file_zero(FileCache *file, u64 start, u64 end) noexcept nogil:
     """Part of a page.  Memory.lock is held."""
     cdef char *contents
-    cdef const u64 *entry
     if file.huge:
         contents = huge_file_contents(file, start)
         if contents != NULL and start < end:
             memset(contents + (start & (HUGE_SIZE - 1)), 0, end - start)
         return
     contents = <char *> file_contents(file, start) if start < FILE_END else NULL
-    entry = pte_find(file.pages, start) if start < FILE_END else NULL
-    if entry != NULL and start < end and cache_pfn(entry[0]):
-        atomic_or(&frame_at(file.mem, entry[0]).owner, OWNER_DIRTY)
     if contents != NULL:
         memset(contents + (start & (PAGE_SIZE - 1)), 0, end - start)
 
