@@ -12,6 +12,7 @@ from libc.string cimport memcpy, memset
 
 from ioproc.hooks.chain cimport *
 from ioproc.hooks.thread cimport *
+from ioproc.hooks.interval cimport *
 from ioproc.vm.mm cimport *
 from ioproc.vm.frames cimport *
 from ioproc.vm.page_table cimport *
@@ -42,4 +43,5 @@ include "vm/file.pyx"
 include "vm/address_space.pyx"
 include "vm/check.pyx"
 include "hooks/lowlevel.pyx"
+include "hooks/interval.pyx"
 include "trace/replay.pyx"
