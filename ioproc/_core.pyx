@@ -25,6 +25,7 @@ from ioproc.vm.reclaim cimport *
 from ioproc.vm.fault cimport *
 from ioproc.vm.zap cimport *
 from ioproc.vm.fork cimport *
+from ioproc.nic.translation_cache cimport *
 
 include "hooks/ops.pyx"
 include "vm/chains.pyx"
@@ -44,4 +45,5 @@ include "vm/address_space.pyx"
 include "vm/check.pyx"
 include "hooks/lowlevel.pyx"
 include "hooks/interval.pyx"
+include "nic/translation_cache.pyx"
 include "trace/replay.pyx"
