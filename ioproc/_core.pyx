@@ -24,6 +24,7 @@ from ioproc.vm.reclaim cimport *
 from ioproc.vm.fault cimport *
 from ioproc.vm.zap cimport *
 from ioproc.vm.fork cimport *
+from ioproc.nic.registration_cache cimport *
 
 include "hooks/ops.pyx"
 include "vm/chains.pyx"
@@ -43,3 +44,4 @@ include "vm/address_space.pyx"
 include "vm/check.pyx"
 include "hooks/lowlevel.pyx"
 include "trace/replay.pyx"
+include "nic/registration_cache.pyx"
