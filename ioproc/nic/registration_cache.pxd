@@ -131,6 +131,21 @@ cdef inline Region *region_below(const RegCache *cache, u64 addr) noexcept nogil
     return entry.region if entry.start <= addr else NULL
 
 
+cdef inline Region *region_above(const RegCache *cache, u64 addr) noexcept nogil:
+    """The first region that does not start below `addr`, or NULL."""
+    cdef const Leaf *leaf
+    cdef u64 i, at
+    if cache.leaves == 0:
+        return NULL
+    i = leaf_at(cache, addr)
+    leaf = cache.leaf[i]
+    at = leaf_slot(leaf, addr)
+    at += leaf.entry[at].start < addr
+    if at < leaf.n:
+        return leaf.entry[at].region
+    return cache.leaf[i + 1].entry[0].region if i + 1 < cache.leaves else NULL
+
+
 cdef inline bint index_reserve(RegCache *cache) noexcept nogil:
     """Room for one more region.  False: no memory."""
     cdef u64 room

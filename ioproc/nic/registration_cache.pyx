@@ -305,16 +305,16 @@ cdef class RegistrationCache:
 
 cdef Region *regcache_copy(RegCache *cache, u64 *n) noexcept nogil:
     """Of its regions; NULL: no memory."""
+    cdef const Region *region
     cdef Region *copy
-    cdef u64 i, j
     n[0] = 0
     pthread_mutex_lock(&cache.lock)
     copy = <Region *> malloc((cache.counts.regions + 1) * sizeof(Region))
-    if copy != NULL:
-        for i in range(cache.leaves):
-            for j in range(cache.leaf[i].n):
-                copy[n[0]] = cache.leaf[i].entry[j].region[0]
-                n[0] += 1
+    region = region_above(cache, 0) if copy != NULL else NULL
+    while region != NULL:
+        copy[n[0]] = region[0]
+        n[0] += 1
+        region = region_above(cache, region.end)
     pthread_mutex_unlock(&cache.lock)
     return copy
 
