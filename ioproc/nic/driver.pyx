@@ -803,19 +803,3 @@ cdef int inherit_registrations(NicContext *parent, NicContext *child) noexcept n
             regcache_put(&child.registered, region)
         at = end
     return why
-
-
-cdef Region *region_above(const RegCache *cache, u64 addr) noexcept nogil:
-    """The first that begins at `addr` or above, or NULL."""
-    cdef Region *region
-    cdef const Leaf *leaf
-    cdef u64 i, k
-    for i in range(cache.leaves):
-        leaf = cache.leaf[i]
-        if leaf.start[leaf.n - 1] < addr:
-            continue
-        for k in range(leaf.n):
-            region = leaf.region[k]
-            if region.start >= addr:
-                return region
-    return NULL
