@@ -6,7 +6,7 @@
 from libc.stdint cimport uint8_t as u8, uint32_t as u32, uint64_t as u64
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memset
-from ioproc.hooks.chain cimport likely
+from ioproc.hooks.chain cimport likely, unlikely
 
 cdef extern from * nogil:
     """
@@ -75,6 +75,7 @@ cdef struct Cache:
     u64 sets
     u64 mask                    # sets - 1, if a power of two
     u64 ways
+    u64 last                    # the shift of the last digit of a narrow set's order
     u64 used                    # entries
     u64 random
     int policy
@@ -103,20 +104,17 @@ cdef inline u64 order_position(u64 order, u64 way) noexcept nogil:
     return lowest((digits - EVERY_DIGIT) & ~digits & EVERY_DIGIT << 3) & ~3ULL
 
 
-cdef inline u64 order_first(u64 order, u64 way) noexcept nogil:
-    """The order with `way` in front."""
-    cdef u64 shift = order_position(order, way)
+cdef inline u64 order_first(u64 order, u64 shift) noexcept nogil:
+    """The order with the digit at `shift` in front."""
     cdef u64 before = (1ULL << shift) - 1
-    return order & ~(before << 4 | 15) | (order & before) << 4 | way
+    return order & ~(before << 4 | 15) | (order & before) << 4 | order >> shift & 15
 
 
-cdef inline u64 order_last(u64 order, u64 way, u64 ways) noexcept nogil:
-    """The order with `way` behind the others of `ways`."""
-    cdef u64 shift = order_position(order, way)
-    cdef u64 last = 4 * (ways - 1)
+cdef inline u64 order_last(u64 order, u64 shift, u64 last) noexcept nogil:
+    """The order with the digit at `shift` behind the others, at `last`."""
     cdef u64 before = (1ULL << shift) - 1
     cdef u64 until = (1ULL << last) - 1
-    return order & (before | ~(until << 4 | 15)) | order >> 4 & until & ~before | way << last
+    return order & (before | ~(until << 4 | 15)) | order >> 4 & until & ~before | (order >> shift & 15) << last
 
 
 # ---- ring and hash table of wide sets
@@ -177,8 +175,10 @@ cdef inline u64 cache_find(const Cache *cache, u64 set, u64 key) noexcept nogil:
 
 cdef inline void cache_first(Cache *cache, u64 set, u64 entry) noexcept nogil:
     """The entry is the newest of its set."""
+    cdef u64 *order
     if likely(cache.narrow != NULL):
-        cache.narrow[set].order = order_first(cache.narrow[set].order, entry - set * cache.ways)
+        order = &cache.narrow[set].order
+        order[0] = order_first(order[0], order_position(order[0], entry - set * cache.ways))
     elif cache.newest[set] != entry:
         ring_join(cache, set, entry)
         cache.newest[set] = <u32> entry
@@ -186,18 +186,14 @@ cdef inline void cache_first(Cache *cache, u64 set, u64 entry) noexcept nogil:
 
 cdef inline void cache_last(Cache *cache, u64 set, u64 entry) noexcept nogil:
     """The entry is the oldest of its set."""
-    if cache.narrow != NULL:
-        cache.narrow[set].order = order_last(cache.narrow[set].order, entry - set * cache.ways, cache.ways)
+    cdef u64 *order
+    if likely(cache.narrow != NULL):
+        order = &cache.narrow[set].order
+        order[0] = order_last(order[0], order_position(order[0], entry - set * cache.ways), cache.last)
     elif cache.newest[set] == entry:
         cache.newest[set] = cache.ring[entry].older
     else:
         ring_join(cache, set, entry)
-
-
-cdef inline u64 cache_oldest(const Cache *cache, u64 set) noexcept nogil:
-    if likely(cache.narrow != NULL):
-        return set * cache.ways + (cache.narrow[set].order >> 4 * (cache.ways - 1) & 15)
-    return cache.ring[cache.newest[set]].newer
 
 
 cdef inline u64 cache_random(Cache *cache) noexcept nogil:
@@ -210,23 +206,48 @@ cdef inline u64 cache_random(Cache *cache) noexcept nogil:
     return (x * RANDOM_MULTIPLIER >> 32) * cache.ways >> 32
 
 
-cdef inline u64 cache_insert(Cache *cache, u64 set, u64 key, u64 value) noexcept nogil:
-    """Insert a key that is not there.  The key that had to go, or 0."""
-    cdef u64 entry = cache_oldest(cache, set)
+cdef inline u64 narrow_insert(Cache *cache, u64 set, u64 key, u64 value) noexcept nogil:
+    cdef NarrowSet *ways = &cache.narrow[set]
+    cdef u64 shift = cache.last
+    cdef u64 way = ways.order >> shift & 15
+    cdef CacheEntry *entry = &cache.entries[set * cache.ways + way]
+    cdef u64 evicted
+    if unlikely(cache.policy == CACHE_RANDOM) and entry.key:
+        way = cache_random(cache)
+        shift = order_position(ways.order, way)
+        entry = &cache.entries[set * cache.ways + way]
+    evicted = entry.key
+    entry.key = key
+    entry.value = value
+    ways.tags[way] = key_tag(key)
+    ways.order = order_first(ways.order, shift)
+    return evicted
+
+
+cdef inline u64 wide_insert(Cache *cache, u64 set, u64 key, u64 value) noexcept nogil:
+    cdef u64 entry = cache.ring[cache.newest[set]].newer
     cdef u64 evicted = cache.entries[entry].key
-    if cache.policy == CACHE_RANDOM and evicted:
+    if unlikely(cache.policy == CACHE_RANDOM) and evicted:
         entry = set * cache.ways + cache_random(cache)
         evicted = cache.entries[entry].key
-    cache.entries[entry].key = key
-    cache.entries[entry].value = value
-    cache.used += evicted == 0
-    cache_first(cache, set, entry)
-    if likely(cache.narrow != NULL):
-        cache.narrow[set].tags[entry - set * cache.ways] = key_tag(key)
-        return evicted
     if evicted:
         bucket_remove(cache, evicted, entry)
+    cache.entries[entry].key = key
+    cache.entries[entry].value = value
     bucket_add(cache, key, entry)
+    cache_first(cache, set, entry)
+    return evicted
+
+
+cdef inline u64 cache_insert(Cache *cache, u64 set, u64 key, u64 value) noexcept nogil:
+    """Insert a key that is not there.  The key that had to go, or 0."""
+    cdef u64 evicted
+    if likely(cache.narrow != NULL):
+        evicted = narrow_insert(cache, set, key, value)
+    else:
+        evicted = wide_insert(cache, set, key, value)
+    if unlikely(not evicted):
+        cache.used += 1
     return evicted
 
 
@@ -308,6 +329,7 @@ cdef inline Cache *cache_new(u64 entries, u64 ways, int policy, u64 seed) noexce
     cache.random = key_hash(seed + 1) | 1           # not 0
     cache.entries = <CacheEntry *> malloc(entries * sizeof(CacheEntry))
     if cache.ways <= NARROW_WAYS:
+        cache.last = 4 * (cache.ways - 1)
         cache.narrow = <NarrowSet *> calloc(cache.sets, sizeof(NarrowSet))
     else:
         cache.bucket_shift = 63

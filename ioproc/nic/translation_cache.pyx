@@ -114,7 +114,7 @@ cdef class TranslationCache:
                 key = CONTEXT_ONE | array[i]
                 if cache_get(self.cache, key, &value):
                     hits += 1
-                elif cache_put(self.cache, key, 0):
+                elif cache_insert(self.cache, key_set(self.cache, key), key, 0):
                     evictions += 1
             self.hits += hits
             self.misses += n - hits
@@ -168,3 +168,76 @@ cdef class TranslationCache:
             hits, misses, evictions, used = self.hits, self.misses, self.evictions, self.cache.used
             pthread_mutex_unlock(&self.lock)
         return {"hits": hits, "misses": misses, "evictions": evictions, "entries": used}
+
+
+def hit_curve(pages):
+    """
+    Hits of LRU caches of every size, fully associative, over the same stream of pages.
+
+    Parameters
+    ----------
+    pages : array_like of int
+        Page numbers below 2**39.
+
+    Returns
+    -------
+    numpy.ndarray of int64
+        At index n the hits of ``TranslationCache(n).access(pages)``: from none at 0 to all there can be when every distinct
+        page has its entry, at the last index.
+
+    Raises
+    ------
+    ValueError, TypeError
+        `pages` has something else.
+
+    Notes
+    -----
+    A page hits if the cache has room for all that were used since its last use, and for itself: its stack distance (Mattson
+    et al., 1970).  One pass finds them all, in n log n time and in memory for the distinct pages and the stream's copy.
+    """
+    cdef const u64[::1] array = page_array(pages)
+    check_pages(array)
+    numbers, inverse = np.unique(array, return_inverse=True)
+    cdef Py_ssize_t distinct = len(numbers)
+    cdef const i64[::1] ids = np.ascontiguousarray(inverse, np.int64)
+    # Each use takes the next time; when times run out the pages' last uses are renumbered from 1 in their order.
+    cdef Py_ssize_t times = 2 * distinct + 1024
+    cdef i64[::1] last = np.zeros(distinct, np.int64)           # use, by page; 0: none yet
+    cdef i64[::1] used = np.zeros(times + 1, np.int64)          # page, by time
+    # A binary indexed tree counts the times that are some page's last use.  It begins with all of them, also those to come.
+    cdef i64[::1] tree = np.empty(times + 1, np.int64)
+    cdef i64[::1] curve = np.zeros(distinct + 1, np.int64)      # first: uses at each stack distance
+    cdef i64 now = times
+    cdef i64 seen = 0
+    cdef i64 i, time, page, deeper
+    cdef Py_ssize_t n
+    with nogil:
+        for n in range(ids.shape[0]):
+            if now == times:
+                now = 0
+                for i in range(1, times + 1):
+                    tree[i] = i & -i
+                    page = used[i]
+                    if last[page] == i:
+                        now += 1
+                        last[page] = now
+                        used[now] = page
+            now += 1
+            page = ids[n]
+            time = last[page]
+            if time:
+                deeper = 0                                      # pages not used since, and this one
+                i = time
+                while i:
+                    deeper += tree[i]
+                    i &= i - 1
+                curve[seen - deeper + 1] += 1
+                i = time
+                while i <= times:
+                    tree[i] -= 1
+                    i += i & -i
+            else:
+                seen += 1
+            last[page] = now
+            used[now] = page
+    return np.cumsum(curve)
