@@ -241,3 +241,28 @@ def hit_curve(pages):
             last[page] = now
             used[now] = page
     return np.cumsum(curve)
+
+
+def run_cache(operations, entries, ways=None, policy="lru", seed=0):
+    """
+    For tests, the C interface: the answers to ``("get", key)`` (the value or None), ``("put", key, value)`` (the key evicted
+    or 0), ``("drop", key)`` (was it there) and ``("clear",)`` (None), and the entries in use after each.
+    """
+    cdef Cache *cache = cache_make(entries, ways, policy, seed)
+    cdef u64 value = 0
+    cdef list answers = []
+    try:
+        for what, *arguments in operations:
+            answer = None
+            if what == "get":
+                answer = value if cache_get(cache, arguments[0], &value) else None
+            elif what == "put":
+                answer = cache_put(cache, arguments[0], arguments[1])
+            elif what == "drop":
+                answer = bool(cache_drop(cache, arguments[0]))
+            else:
+                cache_clear(cache)
+            answers.append((answer, cache.used))
+        return answers
+    finally:
+        cache_free(cache)
