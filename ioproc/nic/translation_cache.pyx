@@ -103,19 +103,26 @@ cdef class TranslationCache:
             `pages` has something else; then none of them was looked up.
         """
         cdef const u64[::1] array = page_array(pages)
+        cdef Cache *cache = self.cache
         cdef u64 n = array.shape[0]
         cdef u64 hits = 0
         cdef u64 evictions = 0
-        cdef u64 i, key, value
+        cdef u64 i, key, value, evicted
         check_pages(array)
         with nogil:
             pthread_mutex_lock(&self.lock)
-            for i in range(n):
-                key = CONTEXT_ONE | array[i]
-                if cache_get(self.cache, key, &value):
-                    hits += 1
-                elif cache_insert(self.cache, key_set(self.cache, key), key, 0):
-                    evictions += 1
+            if cache.narrow != NULL and cache.policy == CACHE_LRU:
+                for i in range(n):
+                    key = CONTEXT_ONE | array[i]
+                    hits += narrow_access(cache, key_set(cache, key), key, &evicted)
+                    evictions += evicted != 0
+            else:
+                for i in range(n):
+                    key = CONTEXT_ONE | array[i]
+                    if cache_get(cache, key, &value):
+                        hits += 1
+                    elif cache_put(cache, key, 0):
+                        evictions += 1
             self.hits += hits
             self.misses += n - hits
             self.evictions += evictions
