@@ -34,6 +34,7 @@ except ModuleNotFoundError as error:
         f"{_os.path.dirname(__file__)} holds ioproc's sources, not a built package: install it and run python with -P or in "
         "another folder, or build it in place with 'python setup.py build_ext --inplace'"
     ) from None
+from .cost import Cost
 from .trace import Trace, choose, replay
 
 MAP_FIXED = 0x10
@@ -64,9 +65,8 @@ __all__ = [
     "MADV_POPULATE_WRITE", "MADV_WIPEONFORK", "MAP_FIXED", "MAP_FIXED_NOREPLACE", "MAP_GROWSDOWN", "MAP_HUGETLB",
     "MAP_LOCKED", "MAP_NORESERVE", "MAP_POPULATE", "MAP_STACK", "MREMAP_DONTUNMAP", "MREMAP_FIXED", "MREMAP_MAYMOVE",
     "MS_ASYNC", "MS_INVALIDATE", "MS_SYNC", "PROT_GROWSDOWN", "VMA", "AccessError", "AddressSpace", "BusError", "Context",
-    "CountingOps", "File", "Nic", "Ops", "PhysicalMemory", "Registration", "RegistrationCache", "RemoteAccessError",
-    "SegmentationFault", "Trace", "TranslationCache", "Violation", "choose", "get_include", "hit_curve",
-    "replay",
+    "Cost", "CountingOps", "File", "Nic", "Ops", "PhysicalMemory", "Registration", "RegistrationCache", "RemoteAccessError",
+    "SegmentationFault", "Trace", "TranslationCache", "Violation", "choose", "get_include", "hit_curve", "replay",
 ]
 __version__ = "0.1.0"
 
