@@ -17,6 +17,7 @@ try:
         Ops,
         PhysicalMemory,
         SegmentationFault,
+        TranslationCache,
     )
 except ModuleNotFoundError as error:
     if error.name != "ioproc._core":
@@ -56,7 +57,7 @@ __all__ = [
     "MAP_FIXED", "MAP_FIXED_NOREPLACE", "MAP_GROWSDOWN", "MAP_HUGETLB", "MAP_LOCKED", "MAP_NORESERVE", "MAP_POPULATE",
     "MAP_STACK", "MREMAP_DONTUNMAP", "MREMAP_FIXED", "MREMAP_MAYMOVE", "MS_ASYNC", "MS_INVALIDATE", "MS_SYNC",
     "PROT_GROWSDOWN", "VMA", "AccessError", "AddressSpace", "BusError", "CountingOps", "File", "Ops", "PhysicalMemory",
-    "SegmentationFault", "Trace", "choose", "get_include", "replay",
+    "SegmentationFault", "Trace", "TranslationCache", "choose", "get_include", "replay",
 ]
 __version__ = "0.1.0"
 

@@ -12,6 +12,7 @@ from libc.string cimport memcpy, memset
 
 from ioproc.hooks.chain cimport *
 from ioproc.hooks.thread cimport *
+from ioproc.hooks.interval cimport *
 from ioproc.vm.mm cimport *
 from ioproc.vm.frames cimport *
 from ioproc.vm.page_table cimport *
@@ -24,6 +25,7 @@ from ioproc.vm.reclaim cimport *
 from ioproc.vm.fault cimport *
 from ioproc.vm.zap cimport *
 from ioproc.vm.fork cimport *
+from ioproc.nic.translation_cache cimport *
 
 include "hooks/ops.pyx"
 include "vm/chains.pyx"
@@ -42,4 +44,6 @@ include "vm/file.pyx"
 include "vm/address_space.pyx"
 include "vm/check.pyx"
 include "hooks/lowlevel.pyx"
+include "hooks/interval.pyx"
+include "nic/translation_cache.pyx"
 include "trace/replay.pyx"
