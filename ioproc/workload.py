@@ -134,22 +134,25 @@ def malloc_churn(allocator: str = "glibc", allocations: int = 10_000, live: int 
         malloc = _Allocator(events, None, None, arena_bytes)
     else:
         malloc = _Allocator(events, 0 if allocator == "mmap" else mmap_threshold, trim_threshold)
-    buffers = math.ceil(communicating * live)
-    sizes = _log_uniform(random, live + allocations, object_smallest, object_largest).tolist()
-    places = [*range(live), *random.integers(0, live, allocations).tolist()]
-    said = _Draw(random, messages if buffers else 0, buffers, smallest, largest, hot, sends)
-    due = np.bincount(random.integers(live - 1, live + allocations, len(said)), minlength=live + allocations).tolist()
-    objects: list[tuple[int, int]] = [(0, 0)] * live
-    sent = 0
-    for place, size, count in zip(places, sizes, due):
-        if objects[place][1]:
-            malloc.free(objects[place][0])
-        objects[place] = malloc.allocate(size), size
-        for buffer, length, access in zip(*said.take(sent, count)):
-            start, room = objects[buffer]
-            events.add(Op.COMM, access=access, addr=start, length=min(length, room))
-        sent += count
+    sizes = _log_uniform(random, live + allocations, object_smallest, object_largest)
+    places = np.concatenate((np.arange(live), random.integers(0, live, allocations)))
+    objects, starts, rows = [0] * live, [], []
+    for number, (place, size) in enumerate(zip(places.tolist(), sizes.tolist())):
+        if number >= live:
+            malloc.free(objects[place])
+        objects[place] = malloc.allocate(size)
+        starts.append(objects[place])
+        rows.append(len(events.rows))
     events.add(Op.EXIT)
+    buffers = math.ceil(communicating * live)
+    said = _Draw(random, messages if buffers else 0, buffers, smallest, largest, hot, sends)
+    after = np.sort(random.integers(live - 1, live + allocations, len(said)))
+    # the newest object of the place by then
+    order = np.lexsort((np.arange(len(places)), places))
+    found = np.searchsorted(places[order] * len(places) + order, said.buffer * len(places) + after, side="right") - 1
+    found = order[found]
+    events.insert(np.array(rows)[after], _rows(Op.COMM, access=said.access, addr=np.array(starts)[found],
+                                               length=np.minimum(said.length, sizes[found])))
     return events.trace("malloc_churn", parameters)
 
 
@@ -522,6 +525,10 @@ class _Events:
         self.parts += [np.array(self.rows, EVENT), rows]
         self.rows = []
 
+    def insert(self, places, rows):
+        """Put rows before those that are in these places now, which `add` made."""
+        self.rows = np.insert(np.array(self.rows, EVENT), places, rows)
+
     def trace(self, name, parameters, files=(), **metadata):
         self.extend(np.empty(0, EVENT))
         rows = np.concatenate(self.parts)
@@ -549,9 +556,6 @@ class _Draw:
 
     def __len__(self):
         return len(self.buffer)
-
-    def take(self, begin, count):
-        return (column[begin:begin + count].tolist() for column in (self.buffer, self.length, self.access))
 
 
 def _messages(random, count, starts, room, smallest, largest, hot, sends):
