@@ -7,17 +7,23 @@ import os as _os
 
 try:
     from ._core import (
+        DESIGNS,
         HOOK_NAMES,
         VMA,
         AccessError,
         AddressSpace,
         BusError,
+        Context,
         CountingOps,
         File,
+        Nic,
         Ops,
         PhysicalMemory,
+        Registration,
+        RemoteAccessError,
         SegmentationFault,
         TranslationCache,
+        Violation,
     )
 except ModuleNotFoundError as error:
     if error.name != "ioproc._core":
@@ -26,6 +32,7 @@ except ModuleNotFoundError as error:
         f"{_os.path.dirname(__file__)} holds ioproc's sources, not a built package: install it and run python with -P or in "
         "another folder, or build it in place with 'python setup.py build_ext --inplace'"
     ) from None
+from .cost import Cost
 from .trace import Trace, choose, replay
 
 MAP_FIXED = 0x10
@@ -52,12 +59,13 @@ MS_INVALIDATE = 2
 MS_SYNC = 4
 
 __all__ = [
-    "HOOK_NAMES", "MADV_COLD", "MADV_DONTNEED_LOCKED", "MADV_KEEPONFORK", "MADV_PAGEOUT", "MADV_POPULATE_READ",
+    "DESIGNS", "HOOK_NAMES", "MADV_COLD", "MADV_DONTNEED_LOCKED", "MADV_KEEPONFORK", "MADV_PAGEOUT", "MADV_POPULATE_READ",
     "MADV_POPULATE_WRITE", "MADV_WIPEONFORK",
     "MAP_FIXED", "MAP_FIXED_NOREPLACE", "MAP_GROWSDOWN", "MAP_HUGETLB", "MAP_LOCKED", "MAP_NORESERVE", "MAP_POPULATE",
     "MAP_STACK", "MREMAP_DONTUNMAP", "MREMAP_FIXED", "MREMAP_MAYMOVE", "MS_ASYNC", "MS_INVALIDATE", "MS_SYNC",
-    "PROT_GROWSDOWN", "VMA", "AccessError", "AddressSpace", "BusError", "CountingOps", "File", "Ops", "PhysicalMemory",
-    "SegmentationFault", "Trace", "TranslationCache", "choose", "get_include", "replay",
+    "PROT_GROWSDOWN", "VMA", "AccessError", "AddressSpace", "BusError", "Context", "Cost", "CountingOps", "File", "Nic", "Ops",
+    "PhysicalMemory", "Registration", "RemoteAccessError", "SegmentationFault", "Trace", "TranslationCache", "Violation", "choose",
+    "get_include", "replay",
 ]
 __version__ = "0.1.0"
 

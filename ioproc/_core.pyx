@@ -7,12 +7,13 @@ import numpy as np
 cimport cython
 from libc.errno cimport EEXIST, EINVAL, ENOMEM, ENOSYS, ESRCH
 from libc.stdint cimport int64_t as i64, uint32_t as u32, uint64_t as u64
-from libc.stdlib cimport calloc, free, malloc
-from libc.string cimport memcpy, memset
+from libc.stdlib cimport calloc, free, malloc, realloc
+from libc.string cimport memcpy, memmove, memset
 
 from ioproc.hooks.chain cimport *
-from ioproc.hooks.thread cimport *
 from ioproc.hooks.interval cimport *
+from ioproc.hooks.schedule cimport *
+from ioproc.hooks.thread cimport *
 from ioproc.vm.mm cimport *
 from ioproc.vm.frames cimport *
 from ioproc.vm.page_table cimport *
@@ -25,7 +26,10 @@ from ioproc.vm.reclaim cimport *
 from ioproc.vm.fault cimport *
 from ioproc.vm.zap cimport *
 from ioproc.vm.fork cimport *
+from ioproc.vm.truth cimport *
 from ioproc.nic.translation_cache cimport *
+from ioproc.nic.registration_cache cimport *
+from ioproc.nic.nic cimport *
 
 include "hooks/ops.pyx"
 include "vm/chains.pyx"
@@ -45,5 +49,10 @@ include "vm/address_space.pyx"
 include "vm/check.pyx"
 include "hooks/lowlevel.pyx"
 include "hooks/interval.pyx"
+include "hooks/schedule.pyx"
 include "nic/translation_cache.pyx"
+include "nic/registration_cache.pyx"
+include "nic/driver.pyx"
+include "nic/rdma.pyx"
+include "nic/nic.pyx"
 include "trace/replay.pyx"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .._core import HOOK_NAMES, Ops, PhysicalMemory, Player
+from .._core import HOOK_NAMES, Nic, Ops, PhysicalMemory, Player
 from .communication import REGISTRATION, Communication
 from .format import Op, Trace
 
@@ -26,8 +26,8 @@ class Replay:
     placement : str
     events : int
         Replayed.
-    seconds : float
-        Measured, of the replay itself.
+    seconds, cpu_seconds : float
+        Measured, of the replay itself; of the clock, and of this thread.
     operations : dict
         Events by operation.
     inferred : dict
@@ -56,12 +56,17 @@ class Replay:
         VMAs of all processes together, at most.
     address_spaces : int
     faults : dict
-        By kind: ``zero anon file reuse cow``.
+        By kind: ``zero anon file reuse cow swap``.
+    device : dict or None
+        With a NIC: its counts (`ioproc.Nic.stats`) that this replay added.
+    violations : list of Violation
+        The first ones.
     """
 
     placement: str
     events: int
     seconds: float
+    cpu_seconds: float
     operations: dict[str, int]
     inferred: dict[str, int]
     guessed: int
@@ -79,6 +84,8 @@ class Replay:
     vmas_peak: int
     address_spaces: int
     faults: dict[str, int]
+    device: dict[str, int] | None = None
+    violations: tuple = ()
 
     @property
     def ns_per_event(self) -> float:
@@ -87,7 +94,7 @@ class Replay:
 
 
 def replay(trace: Trace, *, placement: str = "none", communication: Communication | None = None, ops: Ops | None = None,
-           frames: int = FRAMES) -> Replay:
+           frames: int = FRAMES, swap_slots: int = 0, nic: Nic | None = None, attach: dict | None = None) -> Replay:
     """Drive one address space per process through a history, in one call without the GIL.
 
     Addresses the history returned are imposed; what differs from the record is counted, never hidden.
@@ -103,8 +110,13 @@ def replay(trace: Trace, *, placement: str = "none", communication: Communicatio
     ops : Ops, optional
         The device, instead of one that counts useful and useless calls.  A callback that raises stops the replay after
         the event it happened in; the exception's notes say which.
-    frames : int
+    frames, swap_slots : int
         Physical memory; what is never used costs nothing.
+    nic : Nic, optional
+        A NIC instead of `placement`, `communication` and `ops`: processes that communicate are attached to it as they begin, and
+        the history's ``comm`` events are their transfers, without bytes (`ioproc.Context.access`).
+    attach : dict, optional
+        Arguments of `ioproc.Nic.attach`: the design, one of ``ioproc.DESIGNS`` or as you like.
 
     Returns
     -------
@@ -123,13 +135,21 @@ def replay(trace: Trace, *, placement: str = "none", communication: Communicatio
         raise TypeError(f"communication = {communication!r}: not a Communication; see ioproc.trace.choose")
     if ops is not None and not isinstance(ops, Ops):
         raise TypeError(f"ops = {ops!r}: not an Ops")
+    if nic is not None and (placement != "none" or communication is not None or ops is not None):
+        raise ValueError("nic: not with placement, communication or ops, whose place it takes")
+    if attach is not None and nic is None:
+        raise ValueError("attach: there is no nic to attach to")
     plan = np.empty(0, REGISTRATION) if communication is None else _checked(communication.plan)
     sizes = [min(int(file.get("size") or 0), LARGEST_FILE) for file in trace.metadata["files"]]
-    player = Player(PhysicalMemory(frames), sizes, ops, PLACEMENTS.index(placement))
-    begin = time.perf_counter()
-    player.run(np.ascontiguousarray(trace.events), plan)
-    seconds = time.perf_counter() - begin
+    events = np.ascontiguousarray(trace.events)
+    communicating = set() if nic is None else set(np.unique(events["pid"][events["op"] == Op.COMM]).tolist())
+    before = nic.stats if nic is not None else {}
+    player = Player(PhysicalMemory(frames, swap_slots), sizes, ops, PLACEMENTS.index(placement), nic, attach or {}, communicating)
+    begin, cpu_begin = time.perf_counter(), time.thread_time()
+    player.run(events, plan)
+    seconds, cpu_seconds = time.perf_counter() - begin, time.thread_time() - cpu_begin
     counted = player.result()
+    device = {name: count - (0 if name.endswith("_peak") else before[name]) for name, count in nic.stats.items()} if before else None
     names = {op: Op(op).name.lower() for op in counted["operations"]}
     differences = {names[op]: {kind: n for kind, n in row.items() if kind != "agrees"}
                    for op, row in counted["differences"].items()}
@@ -140,6 +160,7 @@ def replay(trace: Trace, *, placement: str = "none", communication: Communicatio
         placement=placement,
         events=counted["events"],
         seconds=seconds,
+        cpu_seconds=cpu_seconds,
         operations={names[op]: n for op, n in counted["operations"].items()},
         inferred=trace.inferred(),
         guessed=counted["guessed_access"],
@@ -157,6 +178,8 @@ def replay(trace: Trace, *, placement: str = "none", communication: Communicatio
         vmas_peak=counted["vmas_peak"],
         address_spaces=counted["address_spaces"],
         faults=counted["faults"],
+        device=device,
+        violations=tuple(nic.violations()) if nic is not None else (),
     )
 
 

@@ -58,13 +58,14 @@ cdef struct Device:             # the default ops of a replay: count, and tell u
     u64 useful[9]
     Regions regions
 
-cdef struct Registration:       # a row of the plan: after event `event`, this range is registered for communication
+cdef struct Planned:       # a row of the plan: after event `event`, this range is registered for communication
     u64 event
     u64 start
     u64 length
 
 cdef struct Space:              # an address space and its device
     MM *mm
+    NicContext *context         # on the replay's NIC, or NULL
     int users                   # processes: a vfork child uses its parent's until exec or exit
     ioproc_ops ops
     const ioproc_ops *device    # &ops, or the caller's
@@ -85,7 +86,7 @@ cdef struct Replay:
     const Event *events
     u64 n
     u64 at                      # the next event
-    const Registration *plan
+    const Planned *plan
     u64 planned
     u64 next_planned
     Memory *mem
@@ -94,6 +95,7 @@ cdef struct Replay:
     int nfiles
     const ioproc_ops *device    # the caller's ops, or NULL
     int placement
+    bint communicating          # there is a NIC: COMM events are its transfers
     void *face                  # the Python object
     Process *processes[BUCKETS]
     u64 ops[OPERATIONS]
@@ -195,8 +197,8 @@ cdef Space *space_new(Replay *replay, MM *mm) noexcept nogil:
     return space
 
 
-cdef bint process_adopt(Replay *replay, Process *process, MM *mm) noexcept nogil:
-    """Give the process its address space.  False: no memory."""
+cdef bint process_adopt(Replay *replay, Process *process, MM *mm, MM *parent) noexcept nogil:
+    """Give the process its address space, forked from `parent` or NULL.  False: no memory."""
     cdef Space *space
     cdef bint owned
     if mm == NULL:
@@ -205,7 +207,7 @@ cdef bint process_adopt(Replay *replay, Process *process, MM *mm) noexcept nogil
     owned = space != NULL
     if owned:
         with gil:
-            owned = (<Player> replay.face).own(mm)
+            owned = (<Player> replay.face).own(mm, process.pid, parent, &space.context)
     if not owned:
         mm_discard(mm)
         free(space)
@@ -507,7 +509,7 @@ cdef int replay_process(Replay *replay, Process *process, const Event *event, bi
             return SKIPPED
         process_drop_memory(replay, process)
         mm = mm_new(replay.mem)
-        out_of_memory[0] = not process_adopt(replay, process, mm)
+        out_of_memory[0] = not process_adopt(replay, process, mm, NULL)
         return AGREES
     if event.op == OP_EXIT:
         process_remove(replay, process)
@@ -532,8 +534,20 @@ cdef int replay_process(Replay *replay, Process *process, const Event *event, bi
     mm = mm_fork(process.space.mm)
     thread_set_inside(NULL)
     mm_unlock(process.space.mm)
-    out_of_memory[0] = not process_adopt(replay, child, mm)
+    out_of_memory[0] = not process_adopt(replay, child, mm, process.space.mm)
     return AGREES
+
+
+cdef void replay_transfer(Replay *replay, Space *space, const Event *event) noexcept nogil:
+    """A message of the NIC's; what goes wrong with it is counted there."""
+    cdef u64 vmas = space.mm.map_count
+    cdef u64 completed
+    if space.context == NULL or event.length > TASK_SIZE or event.addr > TASK_SIZE - event.length:
+        return
+    context_transfer(space.context, event.addr, event.length, event.access == 2, NULL, &completed)
+    replay.vmas += space.mm.map_count - vmas
+    if replay.vmas > replay.vmas_peak:
+        replay.vmas_peak = replay.vmas
 
 
 cdef int replay_step(Replay *replay, const Event *event) noexcept nogil:
@@ -552,10 +566,13 @@ cdef int replay_step(Replay *replay, const Event *event) noexcept nogil:
             return -ENOMEM
     if process.space == NULL and op != OP_EXEC and op != OP_EXIT:
         mm = mm_new(replay.mem)
-        if not process_adopt(replay, process, mm):
+        if not process_adopt(replay, process, mm, NULL):
             return -ENOMEM
     if OP_FORK <= op <= OP_EXIT:
         difference = replay_process(replay, process, event, &out_of_memory)
+    elif op == OP_COMM and replay.communicating:
+        replay_transfer(replay, process.space, event)
+        difference = AGREES
     else:
         mm = process.space.mm
         mm_lock(mm)
@@ -605,14 +622,21 @@ cdef class Player:
     cdef list files
     cdef dict spaces            # AddressSpace by the address of its MM
     cdef object ops
+    cdef Nic nic
+    cdef dict attach
+    cdef set communicating      # pids that communicate: they attach as they begin
     cdef FileCache **caches
 
-    def __cinit__(self, PhysicalMemory mem not None, list sizes, Ops ops, int placement):
+    def __cinit__(self, PhysicalMemory mem not None, list sizes, Ops ops, int placement, Nic nic, dict attach, set communicating):
         cdef int i
         self.mem = mem
         self.files = [File(mem, size) for size in sizes]
         self.spaces = {}
         self.ops = ops
+        self.nic = nic
+        self.attach = attach
+        self.communicating = communicating
+        self.replay.communicating = nic is not None
         self.replay.mem = mem.mem
         batch_begin(&self.replay.batch, mem.mem, 0)
         self.replay.face = <void *> self
@@ -630,13 +654,22 @@ cdef class Player:
     def __dealloc__(self):
         free(self.caches)           # replay_end has taken the processes
 
-    cdef bint own(self, MM *mm) noexcept:
+    cdef bint own(self, MM *mm, int pid, MM *parent, NicContext **context) noexcept:
         cdef AddressSpace face
+        cdef Context attached = None
         self.signals()
         try:
             face = AddressSpace.__new__(AddressSpace, self.mem)
             self.spaces[<size_t> mm] = face
             face.replace(mm)
+            if self.nic is not None:
+                if parent != NULL:
+                    inherit_contexts((<AddressSpace> self.spaces[<size_t> parent]).owners, face)
+                    attached = self.nic.find(mm)
+                if attached is None and pid in self.communicating:
+                    attached = self.nic.attach(face, **self.attach)
+                if attached is not None:
+                    context[0] = attached.context
         except BaseException as exception:
             callback_raised(exception)
             return False
@@ -665,8 +698,8 @@ cdef class Player:
             try:
                 self.replay.events = <const Event *> event_view.buf
                 self.replay.n = event_view.len // sizeof(Event)
-                self.replay.plan = <const Registration *> plan_view.buf
-                self.replay.planned = plan_view.len // sizeof(Registration)
+                self.replay.plan = <const Planned *> plan_view.buf
+                self.replay.planned = plan_view.len // sizeof(Planned)
                 with nogil:
                     stopped = replay_run(&self.replay)
                     batch_end(&self.replay.batch)
@@ -714,7 +747,7 @@ cdef class Player:
             "useful": hook_dict(replay.useful),
             "chain_nodes": replay.hooks.cells,
             "faults": {"zero": replay.faults.zero, "anon": replay.faults.anon, "file": replay.faults.file,
-                       "reuse": replay.faults.reuse, "cow": replay.faults.cow},
+                       "reuse": replay.faults.reuse, "cow": replay.faults.cow, "swap": replay.faults.swap},
         }
 
 

@@ -226,6 +226,10 @@ cdef class AddressSpace:
         Bytes, by name: ``"AS"``, ``"DATA"``, ``"MEMLOCK"``, ``"STACK"`` (of each stack); missing: unlimited.
     nonlinear : bool
         `remap_file_pages` as in Linux 2.6.12.
+    teardown_batch : int
+        Pages that munmap and MADV_DONTNEED take away before they let go of the lock for a moment, as kernels of that time did
+        after the one invalidation up front; 0: never.  Other operations wait all the same; a NIC's driver that only looks at
+        page-table entries does not.
     """
     cdef MM *mm
     cdef readonly PhysicalMemory mem
@@ -236,9 +240,10 @@ cdef class AddressSpace:
     cdef object __weakref__
 
     def __cinit__(self, PhysicalMemory mem not None, *, max_map_count=65530, start_brk=0x555555756000, rlimits=None,
-                  nonlinear=False):
+                  nonlinear=False, teardown_batch=0):
         cdef u64 count = as_u64(max_map_count, "max_map_count")
         cdef u64 brk = as_u64(start_brk, "start_brk")
+        cdef u64 batch = as_u64(teardown_batch, "teardown_batch")
         cdef dict limits = dict(rlimits or {})
         cdef u64 limit_as = as_u64(limits.pop("AS", UINT64_MAX), "rlimits['AS']")
         cdef u64 limit_data = as_u64(limits.pop("DATA", UINT64_MAX), "rlimits['DATA']")
@@ -257,6 +262,7 @@ cdef class AddressSpace:
         self.mm.limit_memlock = limit_memlock
         self.mm.limit_stack = limit_stack
         self.mm.nonlinear = nonlinear
+        self.mm.teardown_batch = batch
 
     cdef int adopt(self, PhysicalMemory mem, MM *mm) except -1:
         if mm == NULL:
@@ -796,6 +802,7 @@ cdef class AddressSpace:
                 face.replace(child)
         if child == NULL:
             raise MemoryError("fork")
+        inherit_contexts(self.owners, face)
         return face
 
     def vfork(self):
@@ -848,6 +855,7 @@ cdef class AddressSpace:
         """After `go_home`, without the lock."""
         cdef AddressSpace heir
         if owners is not None:
+            end_contexts(owners)
             owners.clear()
         if mm.face != NULL:
             heir = <AddressSpace> mm.face
@@ -891,6 +899,7 @@ cdef class AddressSpace:
             if shared:
                 self.left(mm, None)
             elif owners is not None:
+                end_contexts(owners)
                 owners.clear()
         return 0
 

@@ -118,7 +118,7 @@ cdef const char *tables_broken(MM *mm, u32 *mapped, u32 *slots) noexcept nogil:
                     rss += 1
                     if mapped != NULL:
                         mapped[pte_pfn(pte)] += 1
-        if used == 0 or used != leaf.used:
+        if used != leaf.used or (used == 0 and not mm.root.used & TABLES_STAY):
             return "entries of a table"
         addr = stop
     if rss != mm.rss:
@@ -163,7 +163,7 @@ cdef const char *huge_broken(MM *mm, u32 *mapped, u64 *reserved) noexcept nogil:
                 return "a huge entry's rights"
             if mapped != NULL:
                 mapped[mm.mem.nframes + 1 + ((pte_pfn(pte) - mm.mem.huge_pfn) >> 9)] += 1
-        if used == 0 or used != leaf.used:
+        if used != leaf.used or (used == 0 and not mm.huge.used & TABLES_STAY):
             return "entries of a table of huge pages"
         at = stop
     return NULL

@@ -1,9 +1,18 @@
 # Hook sites.  Nothing registered costs one load and one test; both placements are walked only past that test.
 #
-# Order: the address space's chain, with the range whole; then each VMA's chain, clipped to the VMA, in address order.
+# Order: the address space's chain, with the range whole; then each VMA's chain, clipped to the VMA, in address order; then
+# the interval notifiers, which hear of what invalidates or restricts, in a bracket that the end of the operation closes.
 from libc.stdint cimport uint32_t as u32, uint64_t as u64
-from ioproc.hooks.chain cimport ioproc_vma, walk_page, walk_protection, walk_range
-from ioproc.vm.mm cimport HOOKED, MM, VMArea
+from ioproc.hooks.chain cimport INVALIDATE_PAGE, INVALIDATE_RANGE, ioproc_vma, walk_page, walk_protection, walk_range
+from ioproc.hooks.interval cimport intervals_start
+from ioproc.vm.mm cimport HOOKED, MM, PAGE_SIZE, VM_HUGETLB, VMArea
+
+
+cdef inline void bracket(MM *mm, u64 start, u64 end) noexcept nogil:
+    """range_start, if this address space has interval notifiers."""
+    if mm.intervals != NULL:
+        mm.brackets += 1
+        intervals_start(mm.intervals, start, end)
 
 
 cdef inline void fire_page_slow(MM *mm, int kind, VMArea *vma, u64 addr) noexcept nogil:
@@ -11,6 +20,8 @@ cdef inline void fire_page_slow(MM *mm, int kind, VMArea *vma, u64 addr) noexcep
         walk_page(mm.chain, &mm.hooks, kind, <ioproc_vma *> vma, addr)
     if vma.chain != NULL:
         walk_page(vma.chain, &mm.hooks, kind, <ioproc_vma *> vma, addr)
+    if kind == INVALIDATE_PAGE:
+        bracket(mm, addr, addr + (1 << 21 if vma.flags & VM_HUGETLB else PAGE_SIZE))
 
 
 cdef inline void fire_page(MM *mm, int kind, VMArea *vma, u64 addr) noexcept nogil:
@@ -27,6 +38,8 @@ cdef inline void fire_range_slow(MM *mm, int kind, VMArea *first, u64 start, u64
             walk_range(vma.chain, &mm.hooks, kind, <ioproc_vma *> vma,
                        vma.start if vma.start > start else start, vma.end if vma.end < end else end)
         vma = vma.next
+    if kind == INVALIDATE_RANGE:
+        bracket(mm, start, end)
 
 
 cdef inline void fire_range(MM *mm, int kind, VMArea *first, u64 start, u64 end) noexcept nogil:
@@ -42,3 +55,4 @@ cdef inline void fire_protection(MM *mm, VMArea *vma, u64 start, u64 end, u32 ne
             walk_protection(mm.chain, &mm.hooks, <ioproc_vma *> vma, start, end, newprot)
         if vma.chain != NULL:
             walk_protection(vma.chain, &mm.hooks, <ioproc_vma *> vma, start, end, newprot)
+        bracket(mm, start, end)

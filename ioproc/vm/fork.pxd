@@ -1,19 +1,48 @@
 # fork's copy of page-table entries.
 from libc.stdint cimport uint64_t as u64
 from ioproc.hooks.chain cimport WRPROTECT_PAGE, likely, unlikely
+from ioproc.vm.fault cimport frame_own, pte_make
 from ioproc.vm.fire cimport fire_page
-from ioproc.vm.frames cimport frame_at, frame_map_again
+from ioproc.vm.frames cimport (
+    Frame, FrameBatch, batch_begin, batch_end, batch_free, batch_take, frame_at, frame_copy_contents, frame_map_again)
 from ioproc.vm.mm cimport (
-    MM, PAGE_SIZE, PTE_DIRTY, PTE_EXCLUSIVE, PTE_SWAP, PTE_UNCOUNTED, PTE_WRITE, PTE_YOUNG, Memory, Table, VMArea, HOOKED)
+    MM, PAGE_SIZE, PTE_DIRTY, PTE_EXCLUSIVE, PTE_SWAP, PTE_UNCOUNTED, PTE_WRITE, PTE_YOUNG, Memory, Precopy, Table, VMArea,
+    HOOKED, atomic_store)
 from ioproc.vm.page_table cimport leaf_drop, leaf_make, leaf_next, pte_set, table_index
 from ioproc.vm.swap cimport swap_entry_copied
 
 
-cdef inline bint fork_range(MM *parent, MM *child, VMArea *vma) noexcept nogil:
+cdef inline bint precopy_wanted(const MM *parent, u64 addr) noexcept nogil:
+    cdef const Precopy *who = parent.precopy
+    while who != NULL and not who.wants(who.arg, addr):
+        who = who.next
+    return who != NULL
+
+
+cdef inline bint precopy(MM *parent, MM *child, VMArea *copy, u64 addr, u64 *entry, const u64 *pte) noexcept nogil:
+    """The child has a copy of a writable page at once; the parent keeps page and permission.  False: no frame or no memory."""
+    cdef FrameBatch batch
+    cdef Frame *frame
+    cdef u64 pfn
+    batch_begin(&batch, parent.mem, 0)
+    pfn = batch_take(&batch)
+    if pfn and not frame_copy_contents(frame_at(parent.mem, pfn), frame_at(parent.mem, pte[0] >> 12)):
+        batch_free(&batch, pfn)
+        pfn = 0
+    if pfn:
+        frame = frame_at(parent.mem, pfn)
+        atomic_store(&frame.counts, 1)
+        frame_own(frame, copy, addr)
+        entry[0] = pte_make(pfn, pte[0] & 0xfff & ~<u64> PTE_YOUNG | PTE_DIRTY)
+    batch_end(&batch)
+    return pfn != 0
+
+
+cdef inline bint fork_range(MM *parent, MM *child, VMArea *vma, VMArea *child_vma) noexcept nogil:
     """
     Copy the entries of the parent's `vma`, which has anonymous pages and so is private: they become copy-on-write in both.
     Each entry of the parent that loses its write permission fires wrprotect_page before its table changes.  False: no
-    memory for a table.
+    memory for a table, or for a page that is to be copied at once.
     """
     cdef u64 addr = vma.start
     cdef u64 stop, pte, i, first, copied, frames
@@ -31,12 +60,18 @@ cdef inline bint fork_range(MM *parent, MM *child, VMArea *vma) noexcept nogil:
         if HOOKED(parent):                  # a loop of its own: nothing registered costs a test for each table, not page
             for i in range(first, first + ((stop - addr) >> 12)):
                 if leaf.entry[i] & PTE_WRITE:
+                    if parent.precopy != NULL and precopy_wanted(parent, addr + (i - first) * PAGE_SIZE):
+                        if not precopy(parent, child, child_vma, addr + (i - first) * PAGE_SIZE, &copy.entry[i], &leaf.entry[i]):
+                            return False
+                        copy.used += 1
+                        child.rss += 1
+                        continue
                     fire_page(parent, WRPROTECT_PAGE, vma, addr + (i - first) * PAGE_SIZE)
         copied = 0
         frames = 0
         for i in range(first, first + ((stop - addr) >> 12)):
             pte = leaf.entry[i]
-            if pte == 0:
+            if pte == 0 or unlikely(copy.entry[i] != 0):
                 continue
             if pte & (PTE_WRITE | PTE_EXCLUSIVE):
                 pte &= ~<u64> (PTE_WRITE | PTE_EXCLUSIVE)
@@ -50,7 +85,7 @@ cdef inline bint fork_range(MM *parent, MM *child, VMArea *vma) noexcept nogil:
                 child.swapped += 1
                 swap_entry_copied(mem, pte)
         copy.used += copied
-        if copied == 0:
+        if copy.used == 0:
             leaf_drop(child.root, addr)
         child.rss += frames
         addr = stop

@@ -88,6 +88,7 @@ cdef void mm_teardown(MM *mm) noexcept nogil:
     """Release each ops, then take everything away: no hook fires for that."""
     cdef FrameBatch batch
     chains_release(mm)
+    bracket(mm, 0, TASK_SIZE)
     batch_begin(&batch, mm.mem, 0)
     zap_range(mm, 0, TASK_SIZE, &batch)
     batch_end(&batch)
@@ -101,6 +102,7 @@ cdef void mm_free(MM *mm) noexcept nogil:
     table_free(mm.root, 3)
     table_free(mm.huge, 3)
     tree_end(mm)
+    intervals_free(mm.intervals)
     pthread_mutex_destroy(&mm.lock)
     free(mm)
 
@@ -127,6 +129,7 @@ cdef void mm_configure(MM *mm, const MM *like) noexcept nogil:
     mm.limit_memlock = like.limit_memlock
     mm.limit_stack = like.limit_stack
     mm.nonlinear = like.nonlinear
+    mm.teardown_batch = like.teardown_batch
     mm.start_brk = like.start_brk
     mm.brk = like.start_brk
 
@@ -151,7 +154,9 @@ cdef bint fork_vmas(MM *parent, MM *child) noexcept nogil:
                 done = anon_fork(copy, vma)
                 pthread_mutex_unlock(&parent.mem.lock)
             vma_insert(child, copy)
-            if not done or (copied and not fork_range(parent, child, vma)):
+            if copied and HOOKED(parent):
+                bracket(parent, vma.start, vma.end)
+            if not done or (copied and not fork_range(parent, child, vma, copy)):
                 return False
             if copied and vma.flags & VM_HUGETLB and not fork_huge_range(parent, child, vma):
                 return False

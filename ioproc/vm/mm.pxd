@@ -3,7 +3,8 @@
 # Locks: MM.lock covers an address space with its VMAs, page tables and chains.  Memory.lock covers what address spaces
 # share: the frame pool, page caches and the reverse map's lists.  Order: Memory.cutting, then MM.lock, then Memory.lock.
 from libc.stdint cimport int64_t as i64, uint32_t as u32, uint64_t as u64
-from ioproc.hooks.chain cimport Chain, HookCounts, ioproc_ops
+from ioproc.hooks.chain cimport Chain, HookCounts, ioproc_ops, unlikely
+from ioproc.hooks.interval cimport Intervals, intervals_end
 
 cdef extern from "<pthread.h>" nogil:
     ctypedef struct pthread_mutex_t:
@@ -15,6 +16,9 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_mutex_trylock(pthread_mutex_t *lock)
     int pthread_mutex_unlock(pthread_mutex_t *lock)
     pthread_t pthread_self()
+
+cdef extern from "<sched.h>" nogil:
+    int sched_yield()
 
 cdef enum:
     PAGE_SHIFT = 12
@@ -219,6 +223,11 @@ cdef struct Attached:           # an ops structure that was registered here: for
     bint unreleased             # teardown
     Attached *next              # newest first
 
+cdef struct Precopy:            # who wants fork to copy a page at once, so that the parent keeps it and may write to it
+    bint (*wants)(void *arg, u64 addr) noexcept nogil
+    void *arg
+    Precopy *next
+
 cdef struct MM:
     pthread_mutex_t lock
     u64 hooked                  # live chain cells: nonzero if any chain exists, on it or on a VMA.  All a hook site tests
@@ -259,6 +268,11 @@ cdef struct MM:
     u64 cut                     # the last of Memory.cuts that was here
     bint dead                   # exited
     u64 users                   # processes: more than one after vfork
+    u64 teardown_batch          # pages taken away before the lock is let go of for a moment; 0: never
+    bint paused                 # let go of: others wait, but for a driver that only looks
+    Intervals *intervals        # interval notifiers; NULL: never one
+    u64 brackets                # range_starts of the operation that is going on
+    Precopy *precopy
     void *face                  # the Python object of the first, borrowed; under the GIL
 
 cdef extern from * nogil:
@@ -289,21 +303,42 @@ cdef extern from * nogil:
     bint HOOKED "IOPROC_HOOKED"(MM *mm)
 
 
-cdef inline void mm_lock(MM *mm) noexcept nogil:
+cdef inline void mm_lock_to_look(MM *mm) noexcept nogil:
+    """In the middle of an operation, perhaps, that let go of the lock for a moment."""
     pthread_mutex_lock(&mm.lock)
     atomic_store(&mm.owner, <u64> pthread_self())
 
 
+cdef inline void mm_unlock_looked(MM *mm) noexcept nogil:
+    atomic_store(&mm.owner, 0)
+    pthread_mutex_unlock(&mm.lock)
+
+
+cdef inline void mm_lock(MM *mm) noexcept nogil:
+    mm_lock_to_look(mm)
+    while unlikely(mm.paused):
+        mm_unlock_looked(mm)
+        sched_yield()
+        mm_lock_to_look(mm)
+
+
 cdef inline bint mm_trylock(MM *mm) noexcept nogil:
     if pthread_mutex_trylock(&mm.lock) != 0:
+        return False
+    if unlikely(mm.paused):
+        pthread_mutex_unlock(&mm.lock)
         return False
     atomic_store(&mm.owner, <u64> pthread_self())
     return True
 
 
 cdef inline void mm_unlock(MM *mm) noexcept nogil:
-    atomic_store(&mm.owner, 0)
-    pthread_mutex_unlock(&mm.lock)
+    """The end of an operation, which closes the brackets that it opened (range_end)."""
+    cdef u64 brackets = mm.brackets
+    mm.brackets = 0
+    if unlikely(brackets != 0):
+        intervals_end(mm.intervals, brackets)
+    mm_unlock_looked(mm)
 
 
 cdef inline bint mm_is_mine(const MM *mm) noexcept nogil:

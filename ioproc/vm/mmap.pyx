@@ -49,7 +49,7 @@ cdef VMArea *unmap_detach(MM *mm, u64 start, u64 end) noexcept nogil:
         return NULL
     fire_range(mm, INVALIDATE_RANGE, vma, start, end)
     batch_begin(&batch, mm.mem, 0)
-    zap_range(mm, start, end, &batch)
+    zap_in_batches(mm, start, end, &batch)
     batch_end(&batch)
     while vma != NULL:
         next = vma_next_in(vma, end)

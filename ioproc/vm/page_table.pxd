@@ -2,7 +2,14 @@
 from libc.stdint cimport uint64_t as u64
 from libc.stdlib cimport calloc, free
 from ioproc.hooks.chain cimport likely, unlikely
-from ioproc.vm.mm cimport PAGE_SHIFT, Table, check
+from ioproc.vm.mm cimport PAGE_SHIFT, Table, atomic_store, check
+
+
+cdef extern from * nogil:
+    """
+    #define IOPROC_TABLES_STAY (1ULL << 32)
+    """
+    const u64 TABLES_STAY "IOPROC_TABLES_STAY"      # in the root's `used`: empty tables are not freed (see truth.pxd)
 
 
 cdef inline u64 table_index(u64 addr, int level) noexcept nogil:
@@ -42,7 +49,7 @@ cdef inline Table *table_child(Table *table, u64 index) noexcept nogil:
         return child
     child = table_new()
     if child != NULL:
-        table.entry[index] = <u64> child
+        atomic_store(&table.entry[index], <u64> child)      # a device may be walking
         table.used += 1
     return child
 
@@ -58,6 +65,8 @@ cdef inline void leaf_drop(Table *root, u64 addr) noexcept nogil:
             break
     else:
         level = 0
+    if unlikely(root.used & TABLES_STAY):
+        return
     # `level` is now where the path ends: 0 at a leaf
     while level < 3 and path[level].used == 0:
         free(path[level])

@@ -235,7 +235,7 @@ cdef int mm_madvise(MM *mm, u64 start, u64 length, int advice) noexcept nogil:
             if vma.flags & VM_NONLINEAR:
                 zap_nonlinear(mm, vma, start, stop, 0, UINT64_MAX, &batch)
             else:
-                zap_range(mm, start, stop, &batch)
+                zap_in_batches(mm, start, stop, &batch)
             batch_end(&batch)
             stop = vma.end if vma.end < end else end
         elif advice == MADV_FREE:

@@ -1,11 +1,13 @@
 # Taking page-table entries away, changing their protection, moving them.  Callers fire the hooks.
 from libc.stdint cimport uint64_t as u64
 from ioproc.hooks.chain cimport likely, unlikely
+from ioproc.hooks.schedule cimport TEARDOWN_GAP, schedule_point
 from ioproc.vm.frames cimport FrameBatch, frame_at, frame_keep_dirty, frame_unmap, mapcount_of
-from ioproc.vm.huge cimport zap_huge_range
+from ioproc.vm.huge cimport huge_align, zap_huge_range
 from ioproc.vm.mm cimport (
-    MM, OWNER_ANON, OWNER_DIRTY, PAGE_SIZE, PTE_DIRTY, PTE_EXCLUSIVE, PTE_PRESENT, PTE_SWAP, PTE_UNCOUNTED, PTE_USER,
-    PTE_WRITE, PTE_YOUNG, VM_ACCESS, VM_SHARED, VM_WRITE, Frame, Memory, Table, VMArea, atomic_load, atomic_store)
+    MM, OWNER_ANON, OWNER_DIRTY, PAGE_SHIFT, PAGE_SIZE, PTE_DIRTY, PTE_EXCLUSIVE, PTE_PRESENT, PTE_SWAP, PTE_UNCOUNTED, PTE_USER,
+    PTE_WRITE, PTE_YOUNG, VM_ACCESS, VM_SHARED, VM_WRITE, Frame, Memory, Table, VMArea, atomic_load, atomic_store,
+    mm_lock_to_look, mm_unlock_looked)
 from ioproc.vm.page_table cimport leaf_drop, leaf_find, leaf_make, leaf_next, pte_set, table_index
 from ioproc.vm.swap cimport swap_entry_dropped
 
@@ -44,6 +46,28 @@ cdef inline void zap_range(MM *mm, u64 start, u64 end, FrameBatch *batch) noexce
         if leaf.used == 0:
             leaf_drop(mm.root, begin)
         addr = stop
+
+
+cdef inline void zap_in_batches(MM *mm, u64 start, u64 end, FrameBatch *batch) noexcept nogil:
+    """
+    `zap_range` as 2.6.12 did it, if the address space is to: the lock is let go of between batches, for drivers that only
+    look.  Whatever would change the address space still waits (the kernel's mmap_sem).
+    """
+    cdef u64 stop
+    while mm.teardown_batch and end - start > mm.teardown_batch << PAGE_SHIFT:
+        stop = start + (mm.teardown_batch << PAGE_SHIFT)
+        if mm.huge != NULL:
+            stop = huge_align(stop)         # no huge page is taken away in parts
+        if stop >= end:
+            break
+        zap_range(mm, start, stop, batch)
+        start = stop
+        mm.paused = True
+        mm_unlock_looked(mm)
+        schedule_point(TEARDOWN_GAP)
+        mm_lock_to_look(mm)
+        mm.paused = False
+    zap_range(mm, start, end, batch)
 
 
 cdef inline void zap_file_range(MM *mm, u64 start, u64 end, FrameBatch *batch) noexcept nogil:

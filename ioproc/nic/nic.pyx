@@ -1,0 +1,761 @@
+# Nic and Context: the faces of a NIC with an MMU of its own, and of its attachment to a process.
+
+cdef enum:
+    PACKET = 65536              # bytes that go from one NIC to the other at once
+
+NIC_COUNTS = ("transfers", "bytes", "lookups", "hits", "misses", "walks", "faults", "loaded", "prefaulted", "preloaded", "callbacks",
+              "useful", "invalidations", "invalidated", "downgraded", "evicted", "attachments", "registrations",
+              "registered_pages", "deregistrations", "deregistered_pages", "pinned", "pinned_peak", "copied_bytes", "retries",
+              "precopied", "errors", "violations", "violations_frame", "violations_permission")
+TRANSLATION_NAMES = ("fault", "preload", "preload-registered", "pin", "pin-cache", "pin-cache+hooks", "bounce")
+PLACEMENT_NAMES = ("none", "mm", "vma", "interval")
+FORK_NAMES = ("posted", "revised", "inherit", "precopy")
+
+# Every combination that makes sense; and why the others do not.
+cdef dict TRANSLATION_PLACEMENTS = {
+    "fault": ("mm", "vma", "interval"), "preload": ("mm", "vma"), "preload-registered": ("mm", "vma", "interval"),
+    "pin": ("none",), "pin-cache": ("none",), "pin-cache+hooks": ("mm", "vma", "interval"), "bounce": ("none",),
+}
+cdef dict REFUSALS = {
+    "fault": "a translation that the NIC keeps must be taken back when the page goes: somebody has to tell it",
+    "preload": "it loads in update hooks, which only chains of ops have: interval notifiers (Linux 5.5) tell of invalidations alone",
+    "preload-registered": "a translation that the NIC keeps must be taken back when the page goes: somebody has to tell it",
+    "pin": "it holds its pages for one transfer and listens to nobody: hooks would be pure cost",
+    "pin-cache": "it is the cache that nobody tells; with hooks it is 'pin-cache+hooks'",
+    "pin-cache+hooks": "without a placement there are no hooks; that is 'pin-cache'",
+    "bounce": "the device never sees the process's memory: there is nothing to tell it",
+}
+
+
+def design_name(placement, translation, fork="revised"):
+    """``"mm+fault"``, ``"pin-cache"``, ``"mm+fault/posted"``."""
+    name = translation if placement == "none" else f"{placement}+{translation}"
+    return name if fork == "revised" else f"{name}/{fork}"
+
+
+DESIGNS = {design_name(placement, translation): {"placement": placement, "translation": translation}
+           for translation, placements in TRANSLATION_PLACEMENTS.items() for placement in placements}
+DESIGNS["mm+fault/posted"] = {"placement": "mm", "translation": "fault", "fork": "posted"}
+
+
+class RemoteAccessError(Exception):
+    """
+    A transfer that the device could not complete, as its completion reports it.
+
+    Attributes
+    ----------
+    address : int
+        The first byte that could not be accessed.
+    cause : str
+        ``"unmapped"``, ``"permission"``, ``"beyond the file"``, ``"out of memory"`` or ``"detached"``.
+    completed : int
+        Bytes transferred before it.
+    """
+
+    def __init__(self, address, cause, completed=0):
+        super().__init__(address, cause, completed)
+        self.address = address
+        self.cause = cause
+        self.completed = completed
+
+    def __str__(self):
+        return f"address {self.address:#x}: {self.cause}, {self.completed} bytes completed before"
+
+
+RemoteAccessError.__module__ = "ioproc"
+
+
+class Violation(tuple):
+    """
+    A device access that the page table did not allow any more: through a frame that is not the page's, or a permission it has not.
+
+    Attributes
+    ----------
+    address : int
+        Of the access.
+    write : bool
+    kind : str
+        ``"frame"`` or ``"permission"``.
+    design : str
+        The design that allowed it.
+    """
+    __slots__ = ()
+    address = property(lambda self: self[0])
+    write = property(lambda self: self[1])
+    kind = property(lambda self: self[2])
+    design = property(lambda self: self[3])
+
+    def __repr__(self):
+        return (f"<ioproc.Violation: {self.design} {'wrote' if self.write else 'read'} at {self.address:#x} through a stale "
+                f"{self.kind}>")
+
+
+Violation.__module__ = "ioproc"
+
+
+cdef dict counts_dict(const NicCounts *counts):
+    return {name: (<const u64 *> counts)[i] for i, name in enumerate(NIC_COUNTS)}
+
+
+cdef int choice(object value, tuple names, str what) except -1:
+    if value not in names:
+        raise ValueError(f"{what} = {value!r}: not one of {', '.join(map(repr, names))}")
+    return names.index(value)
+
+
+cdef class Nic:
+    """
+    A network card with an MMU: contexts, one per attached process; translations in its memory; and a cache before them that all
+    contexts share.
+
+    Parameters
+    ----------
+    entries : int
+        Of the translation cache.
+    ways : int or None
+        Entries of a set, which a page's number selects; None: fully associative.
+    page_shift : {12, 21}
+        21: a huge page is one translation of 2 MiB; 12: it is 512.
+    policy : {"lru", "random", "fifo"}
+        Of the cache, in each set.
+    table_entries : int, optional
+        Translations that NIC memory holds.  When it is full, the one not asked for the longest past the cache makes room.
+    seed : int
+        Of the random policy.
+
+    Notes
+    -----
+    Threads may use one NIC at the same time.  Context manager: `close` at the end.
+    """
+    cdef NIC *nic
+    cdef dict contexts          # Context by the address of its MM, weak: the address spaces own them
+    cdef object __weakref__
+
+    def __cinit__(self, entries=1024, ways=16, *, page_shift=12, str policy="lru", table_entries=None, seed=0):
+        cdef u64 limit = 0 if table_entries is None else as_u64(table_entries, "table_entries")
+        self.contexts = {}
+        if page_shift not in (12, 21):
+            raise ValueError(f"page_shift = {page_shift!r}: 12, or 21 for translations of 2 MiB besides")
+        if table_entries is not None and (limit == 0 or limit >= 1ULL << 32):
+            raise ValueError(f"table_entries = {table_entries}: not in 1 .. 2**32 - 1")
+        self.nic = <NIC *> calloc(1, sizeof(NIC))
+        if self.nic == NULL:
+            raise MemoryError("Nic")
+        pthread_mutex_init(&self.nic.lock, NULL)
+        pthread_cond_init(&self.nic.landed, NULL)
+        self.nic.room = 64
+        self.nic.entries = <Loaded *> calloc(64, sizeof(Loaded))
+        if self.nic.entries == NULL:
+            raise MemoryError("Nic")
+        self.nic.cache = cache_make(entries, ways, policy, seed)
+        self.nic.limit = limit
+        self.nic.huge = page_shift == 21
+
+    def __dealloc__(self):
+        if self.nic != NULL:        # each context has a reference: there is none
+            if self.nic.cache != NULL:
+                cache_free(self.nic.cache)
+            free(self.nic.entries)
+            pthread_cond_destroy(&self.nic.landed)
+            pthread_mutex_destroy(&self.nic.lock)
+            free(self.nic)
+
+    def attach(self, AddressSpace mm not None, str placement="mm", str translation="fault", *, str fork="revised", prefault=1,
+               max_regions=None, max_bytes=None, bounce_bytes=1 << 20):
+        """
+        Make a context for a process: from now on the device reaches its memory, by one of the designs.
+
+        Parameters
+        ----------
+        mm : AddressSpace
+        placement : {"mm", "vma", "interval", "none"}
+            Who tells the driver of changes: a chain of ops on the address space; on the VMAs that have communicated; interval
+            notifiers with collision-retry on the ranges that have; nobody.
+        translation : str
+            ``"fault"``: the NIC faults and the driver loads.  ``"preload"``: update hooks load as well.
+            ``"preload-registered"``: a buffer's translations are loaded at its first transfer, without pinning.  ``"pin"``: each
+            transfer pins and unpins.  ``"pin-cache"``: buffers stay pinned, and nobody tells of munmap.  ``"pin-cache+hooks"``:
+            until the hooks tell.  ``"bounce"``: the processor copies through a buffer of the NIC's.
+        fork : {"revised", "posted", "inherit", "precopy"}
+            ``wrprotect_page`` takes the device's write permission where fork does; nobody tells; as revised, and the child is
+            attached too, with its parent's registrations; as revised, but pages that are registered, or that the device may
+            write to, are copied for the child at once.
+        prefault : int
+            Pages that a NIC fault loads, at most, from the one asked for on: 1 .. 2048.
+        max_regions, max_bytes : int, optional
+            Limits of the registration cache.
+        bounce_bytes : int
+            Of the bounce buffer, rounded up to pages.
+
+        Returns
+        -------
+        Context
+
+        Raises
+        ------
+        ValueError
+            A combination that makes no sense, with the reason; or the process is attached already.
+        OSError
+            ESRCH: the process has ended.
+        """
+        cdef int where = choice(placement, PLACEMENT_NAMES, "placement")
+        cdef int how = choice(translation, TRANSLATION_NAMES, "translation")
+        cdef int way = choice(fork, FORK_NAMES, "fork")
+        cdef u64 pages = as_u64(prefault, "prefault")
+        cdef u64 regions = 0 if max_regions is None else as_u64(max_regions, "max_regions")
+        cdef u64 bytes_ = 0 if max_bytes is None else as_u64(max_bytes, "max_bytes")
+        cdef u64 bounce = page_align(as_u64(bounce_bytes, "bounce_bytes") & ~(1ULL << 63)) >> PAGE_SHIFT
+        cdef Context context
+        if placement not in TRANSLATION_PLACEMENTS[translation]:
+            raise ValueError(f"placement = {placement!r} with translation = {translation!r}: {REFUSALS[translation]}")
+        if not 1 <= pages <= PREFAULT_MOST:
+            raise ValueError(f"prefault = {prefault}: not in 1 .. {<int> PREFAULT_MOST} pages")
+        if bounce == 0 or bounce > 1 << 18:
+            raise ValueError(f"bounce_bytes = {bounce_bytes}: not in 1 .. 2**30")
+        refuse_in_callback()
+        context = Context.__new__(Context)
+        context.prepare(self, mm, where, how, way, pages, regions, bytes_)
+        context.begin(mm, bounce)
+        return context
+
+    def context(self, AddressSpace mm not None):
+        """The Context of a process; KeyError if it has none."""
+        context = self.find(mm.mm)
+        if context is None:
+            raise KeyError(f"{mm!r} is not attached")
+        return context
+
+    cdef Context find(self, MM *mm):
+        cdef object found = self.contexts.get(<size_t> mm)
+        cdef Context context = None if found is None else found()
+        return None if context is None or context.context.gone else context
+
+    @property
+    def stats(self):
+        """
+        dict: the counts of all contexts together, also of those that are gone.
+
+        ``transfers`` and their ``bytes``; ``lookups`` in the translation cache, in pages, of which ``hits`` and ``misses``; ``walks``:
+        misses that NIC memory answered; ``faults``: the driver was asked; ``loaded`` by faults, of these ``prefaulted`` beyond the
+        page asked for; ``preloaded`` by update hooks or a registration; ``callbacks`` run, of these ``useful``: that took something
+        away from the device, or loaded what was used later; ``invalidations``: callbacks that invalidate or restrict;
+        ``invalidated``, ``downgraded``: translations dropped, or made read-only, by these; ``evicted`` from NIC memory;
+        ``attachments`` of ops to VMAs, or of interval notifiers; ``registrations``, ``deregistrations`` and their pages; ``pinned``
+        pages now, and at most; ``copied_bytes`` through bounce buffers; ``retries`` after a collision; ``precopied`` pages at
+        fork; ``errors``: transfers that failed; ``violations``, and of these of the ``frame`` and of the ``permission``.
+        """
+        cdef NicCounts sums
+        cdef NicContext *context
+        cdef int i
+        with nogil:
+            pthread_mutex_lock(&self.nic.lock)
+            sums = self.nic.gone
+            context = self.nic.contexts
+            while context != NULL:
+                counts_add(<u64 *> &sums, <const u64 *> &context.counts, sizeof(NicCounts) // 8)
+                context = context.next
+            sums.pinned_peak = self.nic.pinned_peak
+            pthread_mutex_unlock(&self.nic.lock)
+        return counts_dict(&sums)
+
+    def violations(self):
+        """list of Violation: the first 256."""
+        return self.noted(0)
+
+    cdef list noted(self, u64 context):
+        """Of one context, or with 0 of all."""
+        cdef u64 i, n
+        cdef NotedViolation *noted
+        cdef list found = []
+        with nogil:
+            pthread_mutex_lock(&self.nic.lock)
+            n = self.nic.nnoted
+            pthread_mutex_unlock(&self.nic.lock)
+        for i in range(n):
+            noted = &self.nic.noted[i]
+            if context == 0 or noted.context == context:
+                found.append(Violation((noted.addr, bool(noted.write), "frame" if noted.frame else "permission", design_name(
+                    PLACEMENT_NAMES[noted.placement], TRANSLATION_NAMES[noted.translation], FORK_NAMES[noted.fork]))))
+        return found
+
+    def close(self):
+        """Detach every process.  Transfers that go on end with an error."""
+        for found in list(self.contexts.values()):
+            context = found()
+            if context is not None:
+                (<Context> context).detach()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+    def __repr__(self):
+        cdef u64 n = 0
+        cdef const NicContext *context = self.nic.contexts
+        while context != NULL:
+            n += not context.gone
+            context = context.next
+        return f"<ioproc.Nic: {self.nic.live} translations of {n} process{'es' * (n != 1)}>"
+
+
+cdef class Context:
+    """A process on a NIC, from `Nic.attach`."""
+    cdef NicContext *context
+    cdef readonly Nic nic
+    cdef PhysicalMemory mem
+    cdef object space           # weak: the address space owns its contexts
+    cdef object __weakref__
+
+    def __init__(self):
+        raise TypeError("a Context comes from Nic.attach()")
+
+    cdef int inherit(self, AddressSpace child) except -1:
+        """The child of a fork is attached as its parent is, with the same registrations."""
+        cdef NicContext *context = self.context
+        cdef NicContext *heir
+        cdef Context made = Context.__new__(Context)
+        cdef int why
+        made.prepare(self.nic, child, context.placement, context.translation, context.fork, context.prefault, context.max_regions,
+                     context.max_bytes)
+        made.begin(child, context.bounce_pages)
+        heir = made.context
+        with nogil:
+            why = inherit_registrations(context, heir)
+        if why == NO_FRAME:
+            raise MemoryError("fork: no memory for the registrations that the child inherits")
+        return 0
+
+    cdef int prepare(self, Nic nic, AddressSpace mm, int placement, int translation, int fork, u64 prefault, u64 regions,
+                     u64 bytes_) except -1:
+        """Everything but the attachment."""
+        cdef NicContext *context = <NicContext *> calloc(1, sizeof(NicContext))
+        if context == NULL:
+            raise MemoryError("Context")
+        self.context = context
+        context.gone = True                 # so far
+        self.nic = nic
+        self.mem = mm.mem
+        context.nic = nic.nic
+        context.placement = placement
+        context.translation = translation
+        context.fork = fork
+        context.prefault = prefault
+        context.max_regions = regions
+        context.max_bytes = bytes_
+        context.index = table_new()
+        context.huge_index = table_new()
+        if context.index == NULL or context.huge_index == NULL:
+            raise MemoryError("Context")
+        if translation in (PIN_CACHE, PIN_CACHE_HOOKS):
+            context.has_registered = regcache_init(&context.registered, register_pinned, deregister_pinned, context, regions,
+                                                   bytes_, PAGE_SIZE, True, False) == 0
+        elif translation == PRELOAD_REGISTERED:
+            context.has_registered = regcache_init(&context.registered, register_preloaded, deregister_preloaded, context, regions,
+                                                   bytes_, PAGE_SIZE, True, False) == 0
+        if translation in (PIN_CACHE, PIN_CACHE_HOOKS, PRELOAD_REGISTERED) and not context.has_registered:
+            raise MemoryError("Context")
+        return 0
+
+    cdef int begin(self, AddressSpace space, u64 bounce) except -1:
+        """Attach; the address space owns the context from now on."""
+        cdef NicContext *context = self.context
+        cdef Nic nic = self.nic
+        cdef MM *mm
+        cdef bint done = True
+        cdef int error
+        space.enter()
+        mm = space.mm
+        try:
+            if nic.find(mm) is not None:
+                raise ValueError("mm: it is attached to this NIC already")
+            mm_hold(mm)
+            context.mm = mm
+            with nogil:
+                pthread_mutex_lock(&nic.nic.lock)
+                nic.nic.attached += 1
+                context.number = nic.nic.attached
+                context.next = nic.nic.contexts
+                nic.nic.contexts = context
+                pthread_mutex_unlock(&nic.nic.lock)
+                if context.translation == BOUNCE:
+                    done = bounce_new(context, bounce)
+                error = context_attach(context) if done else -ENOMEM
+            if error:
+                raise MemoryError("Context")
+            context.gone = False
+            self.space = ref(space)
+            nic.contexts[<size_t> mm] = ref(self)
+            space.owners[<size_t> context] = self
+        finally:
+            space.leave()
+        return 0
+
+    def __dealloc__(self):
+        cdef NicContext *context = self.context
+        cdef NicContext **link
+        if context == NULL:
+            return
+        if context.mm != NULL:
+            if not context.gone:
+                with nogil:
+                    context_detach(context)
+            if context.bounce != NULL:
+                bounce_free(context)
+        if context.has_registered:
+            regcache_destroy(&context.registered)
+        if context.mm != NULL:
+            pthread_mutex_lock(&context.nic.lock)
+            counts_add(<u64 *> &context.nic.gone, <const u64 *> &context.counts, sizeof(NicCounts) // 8)
+            link = &context.nic.contexts
+            while link[0] != context:
+                link = &link[0].next
+            link[0] = context.next
+            pthread_mutex_unlock(&context.nic.lock)
+            mm_put(context.mm)
+        table_free(context.index, 3)
+        table_free(context.huge_index, 3)
+        free(context.attachments)
+        free(context)
+
+    cdef int leave_space(self) except -1:
+        """The address space no longer owns it."""
+        space = None if self.space is None else self.space()
+        self.nic.contexts.pop(<size_t> self.context.mm, None)
+        if space is not None and (<AddressSpace> space).owners is not None:
+            (<AddressSpace> space).owners.pop(<size_t> self.context, None)
+        return 0
+
+    def detach(self):
+        """
+        End it: no translation, no registration and no hook is left.  A transfer in another thread ends with an error; a second
+        ``detach`` does nothing.
+        """
+        refuse_in_callback()
+        with nogil:
+            context_detach(self.context)
+        self.leave_space()
+        raise_pending()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.detach()
+
+    # ---- transfers
+
+    cdef int complete(self, int why, u64 addr, u64 length, bint write, u64 completed) except -1:
+        raise_pending()
+        if why == DONE:
+            return 0
+        if completed == 0 and why in (NO_MAPPING, NO_RIGHT) and not self.context.gone:
+            with nogil:
+                completed = accessible(self.context.mm, addr, length, write)
+            raise RemoteAccessError(addr + completed if completed < length else addr, CAUSES[why], 0)
+        raise RemoteAccessError(addr + completed, CAUSES[why], completed)
+
+    cdef u64 transfer(self, u64 addr, u64 length, bint write, char *data) except? 0xffffffffffffffff:
+        cdef u64 completed = 0
+        cdef int why
+        range_in_space(addr, length)
+        refuse_in_callback()
+        with nogil:
+            why = context_transfer(self.context, addr, length, write, data, &completed)
+        self.complete(why, addr, length, write, completed)
+        return completed
+
+    def rdma_write(self, addr, data):
+        """
+        The device writes into the process's memory.
+
+        Parameters
+        ----------
+        addr : int
+        data : bytes-like
+
+        Raises
+        ------
+        RemoteAccessError
+            With the address, the cause, and the bytes written before.  A page that the process may not write to is never
+            written.
+        """
+        cdef u64 at = as_u64(addr, "addr")
+        cdef const unsigned char[::1] source = data
+        if source.shape[0]:
+            self.transfer(at, source.shape[0], True, <char *> &source[0])
+
+    def rdma_read(self, addr, n):
+        """The device reads `n` bytes of the process's memory.  Errors as `rdma_write`."""
+        cdef u64 at = as_u64(addr, "addr")
+        cdef u64 count = as_u64(n, "n")
+        cdef bytes result
+        range_in_space(at, count)
+        result = PyBytes_FromStringAndSize(NULL, count)
+        self.transfer(at, count, False, result)
+        return result
+
+    def rdma_write_to(self, addr, n, Context remote not None, remote_addr):
+        """
+        An RDMA write: this NIC reads `n` bytes at `addr` here, the remote context's writes them at `remote_addr` there.  The
+        two may be of one NIC or of two, in one physical memory or in two.
+
+        Raises
+        ------
+        RemoteAccessError
+            Of the side that failed; `completed` are the bytes that arrived.
+        """
+        self.move(addr, n, remote, remote_addr, True)
+
+    def rdma_read_from(self, addr, n, Context remote not None, remote_addr):
+        """An RDMA read: `n` bytes at `remote_addr` there come to `addr` here.  Errors as `rdma_write_to`."""
+        self.move(addr, n, remote, remote_addr, False)
+
+    cdef int move(self, object addr, object n, Context remote, object remote_addr, bint out) except -1:
+        cdef u64 here = as_u64(addr, "addr")
+        cdef u64 there = as_u64(remote_addr, "remote_addr")
+        cdef u64 count = as_u64(n, "n")
+        cdef NicContext *source = self.context if out else remote.context
+        cdef NicContext *target = remote.context if out else self.context
+        cdef u64 source_addr = here if out else there
+        cdef u64 target_addr = there if out else here
+        cdef u64 moved = 0
+        cdef u64 part = 0
+        cdef u64 completed = 0
+        cdef bint sending = True
+        cdef int why = DONE
+        cdef char *packet
+        range_in_space(here, count)
+        range_in_space(there, count)
+        refuse_in_callback()
+        packet = <char *> malloc(PACKET)
+        if packet == NULL:
+            raise MemoryError("rdma")
+        with nogil:
+            while moved < count:
+                part = count - moved if count - moved < PACKET else PACKET
+                sending = True
+                why = context_transfer(source, source_addr + moved, part, False, packet, &completed)
+                if completed:
+                    part = completed
+                    sending = False
+                    if why == DONE:
+                        why = context_transfer(target, target_addr + moved, part, True, packet, &completed)
+                if why:
+                    break
+                moved += part
+            free(packet)
+        if why:
+            raise_pending()
+            addr = (source_addr if sending else target_addr) + moved + completed
+            raise RemoteAccessError(addr, CAUSES[why], moved + (0 if sending else completed))
+        raise_pending()
+        return 0
+
+    def access(self, addr, length, write=False):
+        """
+        A transfer without bytes: translations, faults and registrations as for `rdma_read` or, with `write`, `rdma_write`.
+        About 20 ns per page that hits.
+        """
+        cdef u64 at = as_u64(addr, "addr")
+        cdef u64 count = as_u64(length, "length")
+        self.transfer(at, count, write, NULL)
+
+    # ---- registrations
+
+    def register(self, addr, length, str access="rw"):
+        """
+        Register memory ahead of its transfers, which do it by themselves otherwise.
+
+        Parameters
+        ----------
+        addr, length : int
+            Bytes, rounded out to pages.
+        access : {"r", "rw"}
+            What the device may do.
+
+        Returns
+        -------
+        Registration
+            In the registration cache where the design has one: it stays until it is deregistered, and longer if the cache likes.
+
+        Raises
+        ------
+        RemoteAccessError
+            The memory cannot be registered.
+        ValueError
+            The design registers nothing: ``"bounce"``.
+        """
+        cdef u64 at = as_u64(addr, "addr")
+        cdef u64 count = as_u64(length, "length")
+        cdef Registration registration
+        range_in_space(at, count)
+        if access not in ("r", "rw"):
+            raise ValueError(f"access = {access!r}: not 'r' or 'rw'")
+        if count == 0:
+            raise ValueError("length = 0: nothing to register")
+        if self.context.translation == BOUNCE:
+            raise ValueError("a bounce buffer is registered once, and nothing else")
+        refuse_in_callback()
+        registration = Registration.__new__(Registration)
+        registration.context = self
+        registration.start = at & PAGE_MASK
+        registration.end = page_align(at + count)
+        registration.begin(access == "rw")
+        return registration
+
+    # ---- looking
+
+    @property
+    def stats(self):
+        """dict: the counts of `Nic.stats`, of this context."""
+        cdef NicCounts counts
+        with nogil:
+            pthread_mutex_lock(&self.context.nic.lock)
+            counts = self.context.counts
+            pthread_mutex_unlock(&self.context.nic.lock)
+        return counts_dict(&counts)
+
+    def violations(self):
+        """list of Violation: of this context, among the first 256 of the NIC."""
+        return self.nic.noted(self.context.number)
+
+    @property
+    def mm(self):
+        """AddressSpace: None if it is gone."""
+        return None if self.space is None else self.space()
+
+    @property
+    def placement(self):
+        return PLACEMENT_NAMES[self.context.placement]
+
+    @property
+    def translation(self):
+        return TRANSLATION_NAMES[self.context.translation]
+
+    @property
+    def fork(self):
+        return FORK_NAMES[self.context.fork]
+
+    @property
+    def design(self):
+        """str: as in ``ioproc.DESIGNS``."""
+        return design_name(self.placement, self.translation, self.fork)
+
+    @property
+    def attached(self):
+        """bool: neither detached nor has the process ended."""
+        return not self.context.gone
+
+    def __repr__(self):
+        return f"<ioproc.Context {self.design}: {'attached' if self.attached else 'detached'}>"
+
+
+cdef int end_contexts(dict owners) except -1:
+    """Of a process that has ended: also those that nobody told."""
+    cdef object owned
+    for owned in list(owners.values()):
+        if isinstance(owned, Context):
+            with nogil:
+                context_detach((<Context> owned).context)
+            (<Context> owned).leave_space()
+    return 0
+
+
+cdef int inherit_contexts(dict owners, AddressSpace child) except -1:
+    cdef object owned
+    for owned in list(owners.values()):
+        if isinstance(owned, Context) and (<Context> owned).context.fork == FORK_INHERIT and (<Context> owned).attached:
+            (<Context> owned).inherit(child)
+    return 0
+
+
+cdef u64 accessible(MM *mm, u64 addr, u64 length, bint write) noexcept nogil:
+    """Bytes from `addr` on that the mappings allow an access to."""
+    cdef u64 at = addr
+    cdef const VMArea *vma
+    mm_lock(mm)
+    vma = vma_at(mm, at)
+    while vma != NULL and vma.flags & (VM_WRITE if write else VM_READ) and at < addr + length:
+        at = vma.end
+        vma = vma_at(mm, at)
+    mm_unlock(mm)
+    return at - addr
+
+
+cdef class Registration:
+    """
+    Memory registered with a device, from `Context.register`.
+
+    Attributes
+    ----------
+    start, end : int
+        Bytes; whole pages.
+    """
+    cdef readonly u64 start
+    cdef readonly u64 end
+    cdef Context context
+    cdef Region *region
+    cdef Region own             # of a design without a cache
+    cdef bint live
+
+    def __init__(self):
+        raise TypeError("a Registration comes from Context.register()")
+
+    cdef int begin(self, bint write) except -1:
+        cdef NicContext *context = self.context.context
+        cdef u64 start = self.start
+        cdef u64 end = self.end
+        cdef int why = DONE
+        with nogil:
+            if context.has_registered:
+                why = regcache_get(&context.registered, start, end - start, access_of(write), &self.region)
+                if why:
+                    why = cause_of_cache(why)
+            elif context.translation == PIN:
+                self.own.start = start
+                self.own.end = end
+                why = register_pinned(context, start, end, access_of(write), &self.own.handle)
+                if why:
+                    why = cause_of_cache(why)
+            else:
+                why = register_preloaded(context, start, end, access_of(write), &self.own.handle)
+                if why:
+                    why = cause_of_cache(why)
+        self.live = why == DONE
+        self.context.complete(why, start, end - start, write, 0)
+        return 0
+
+    cdef int finish(self) except -1:
+        cdef NicContext *context = self.context.context
+        self.live = False
+        with nogil:
+            if self.region != NULL:
+                regcache_put(&context.registered, self.region)
+            elif self.own.handle != NULL:
+                deregister_pinned(context, self.own.start, self.own.end, self.own.handle)
+            else:
+                deregister_preloaded(context, self.start, self.end, NULL)
+        return 0
+
+    def deregister(self):
+        """Undo it; ValueError if that was done."""
+        if not self.live:
+            raise ValueError(f"{self!r} is not registered (any more)")
+        refuse_in_callback()
+        self.finish()
+
+    def __dealloc__(self):
+        if self.live:
+            self.finish()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        if self.live:
+            self.deregister()
+
+    def __repr__(self):
+        return f"<ioproc.Registration {self.start:#x}-{self.end:#x}{'' if self.live else ', deregistered'}>"
