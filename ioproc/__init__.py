@@ -20,6 +20,7 @@ try:
         Ops,
         PhysicalMemory,
         Registration,
+        RegistrationCache,
         RemoteAccessError,
         SegmentationFault,
         TranslationCache,
@@ -60,12 +61,11 @@ MS_SYNC = 4
 
 __all__ = [
     "DESIGNS", "HOOK_NAMES", "MADV_COLD", "MADV_DONTNEED_LOCKED", "MADV_KEEPONFORK", "MADV_PAGEOUT", "MADV_POPULATE_READ",
-    "MADV_POPULATE_WRITE", "MADV_WIPEONFORK",
-    "MAP_FIXED", "MAP_FIXED_NOREPLACE", "MAP_GROWSDOWN", "MAP_HUGETLB", "MAP_LOCKED", "MAP_NORESERVE", "MAP_POPULATE",
-    "MAP_STACK", "MREMAP_DONTUNMAP", "MREMAP_FIXED", "MREMAP_MAYMOVE", "MS_ASYNC", "MS_INVALIDATE", "MS_SYNC",
-    "PROT_GROWSDOWN", "VMA", "AccessError", "AddressSpace", "BusError", "Context", "Cost", "CountingOps", "File", "Nic", "Ops",
-    "PhysicalMemory", "Registration", "RemoteAccessError", "SegmentationFault", "Trace", "TranslationCache", "Violation", "choose",
-    "get_include", "replay",
+    "MADV_POPULATE_WRITE", "MADV_WIPEONFORK", "MAP_FIXED", "MAP_FIXED_NOREPLACE", "MAP_GROWSDOWN", "MAP_HUGETLB",
+    "MAP_LOCKED", "MAP_NORESERVE", "MAP_POPULATE", "MAP_STACK", "MREMAP_DONTUNMAP", "MREMAP_FIXED", "MREMAP_MAYMOVE",
+    "MS_ASYNC", "MS_INVALIDATE", "MS_SYNC", "PROT_GROWSDOWN", "VMA", "AccessError", "AddressSpace", "BusError", "Context", "Cost",
+    "CountingOps", "File", "Nic", "Ops", "PhysicalMemory", "Registration", "RegistrationCache", "RemoteAccessError",
+    "SegmentationFault", "Trace", "TranslationCache", "Violation", "choose", "get_include", "replay",
 ]
 __version__ = "0.1.0"
 

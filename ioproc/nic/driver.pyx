@@ -241,13 +241,17 @@ cdef u64 prefault_end(const NicContext *context, const VMArea *vma, u64 addr, u6
 
 cdef bint attach_vma(NicContext *context, VMArea **vma, u64 addr, const Transfer *transfer) noexcept nogil:
     """With the chain on VMAs: the transfer's part of this one takes part from now on.  False: no memory, too many VMAs."""
-    cdef u64 start = transfer.start if transfer.start > vma[0].start else vma[0].start
-    cdef u64 end = transfer.end if transfer.end < vma[0].end else vma[0].end
+    cdef u64 start = transfer.start & PAGE_MASK
+    cdef u64 end = page_align(transfer.end)
     if chain_has(vma[0].chain, &context.ops):
         return True
     if vma[0].flags & VM_HUGETLB:           # which is split between its pages only
         start &= HUGE_MASK
         end = huge_align(end)
+    if start < vma[0].start:
+        start = vma[0].start
+    if end > vma[0].end:
+        end = vma[0].end
     if vma_register(context.mm, &context.ops, start, end - start):
         return False
     pthread_mutex_lock(&context.nic.lock)
@@ -714,6 +718,8 @@ cdef void context_end(NicContext *context) noexcept nogil:
         mm.hooked -= 1
     if context.has_registered:
         regcache_close(&context.registered)
+    if context.bounce != NULL:
+        bounce_free(context)
 
 
 cdef void context_detach(NicContext *context) noexcept nogil:

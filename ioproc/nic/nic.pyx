@@ -401,7 +401,7 @@ cdef class Context:
             if not context.gone:
                 with nogil:
                     context_detach(context)
-            if context.bounce != NULL:
+            elif context.bounce != NULL:        # never attached
                 bounce_free(context)
         if context.has_registered:
             regcache_destroy(&context.registered)

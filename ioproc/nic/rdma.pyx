@@ -141,6 +141,14 @@ cdef int cause_of_cache(int error) noexcept nogil:
     return -error - CAUSE_ERRNO if -error > CAUSE_ERRNO else NO_FRAME
 
 
+cdef bint context_gone(NicContext *context) noexcept nogil:
+    cdef bint gone
+    pthread_mutex_lock(&context.nic.lock)
+    gone = context.gone
+    pthread_mutex_unlock(&context.nic.lock)
+    return gone
+
+
 cdef int access_registered(NicContext *context, Transfer *transfer, u64 length, char *data, u64 *completed) noexcept nogil:
     """The registration cache's region is used; again with another where an invalidation takes it away meanwhile."""
     cdef Region *region
@@ -148,7 +156,7 @@ cdef int access_registered(NicContext *context, Transfer *transfer, u64 length, 
     while why == STALE:
         why = regcache_get(&context.registered, transfer.start, transfer.end - transfer.start, access_of(transfer.write), &region)
         if why:
-            return cause_of_cache(why)
+            return DETACHED if context_gone(context) else cause_of_cache(why)
         if context.translation != PRELOAD_REGISTERED:
             transfer.region = region
         why = device_access(context, transfer, transfer.start, length, data, completed)
