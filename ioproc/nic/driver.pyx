@@ -14,7 +14,7 @@ cdef enum Cause:
     DETACHED
     STALE                       # its registration was invalidated: again
 
-CAUSES = (None, "unmapped", "permission", "beyond the file", "out of memory", "detached", "invalidated")
+cdef tuple CAUSES = (None, "unmapped", "permission", "beyond the file", "out of memory", "detached", "invalidated")
 
 cdef struct Transfer:           # what is being moved
     u64 start                   # bytes, what the driver may attach or register

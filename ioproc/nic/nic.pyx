@@ -19,7 +19,7 @@ cdef dict TRANSLATION_PLACEMENTS = {
 }
 cdef dict REFUSALS = {
     "fault": "a translation that the NIC keeps must be taken back when the page goes: somebody has to tell it",
-    "preload": "it loads in update hooks, which only chains of ops have: interval notifiers (Linux 5.5) tell of invalidations alone",
+    "preload": "it loads in update hooks, which chains of ops have: interval notifiers (Linux 5.5) tell of invalidations alone",
     "preload-registered": "a translation that the NIC keeps must be taken back when the page goes: somebody has to tell it",
     "pin": "it holds its pages for one transfer and listens to nobody: hooks would be pure cost",
     "pin-cache": "it is the cache that nobody tells; with hooks it is 'pin-cache+hooks'",
@@ -68,7 +68,8 @@ RemoteAccessError.__module__ = "ioproc"
 
 class Violation(tuple):
     """
-    A device access that the page table did not allow any more: through a frame that is not the page's, or a permission it has not.
+    A device access that the page table did not allow any more: through a frame that is not the page's, or a permission that it
+    has not.
 
     Attributes
     ----------
@@ -258,7 +259,6 @@ cdef class Nic:
         """
         cdef NicCounts sums, counts
         cdef NicContext *context
-        cdef int i
         with nogil:
             pthread_mutex_lock(&self.nic.lock)
             sums = self.nic.gone
@@ -362,11 +362,11 @@ cdef class Context:
         if context.index == NULL or context.huge_index == NULL:
             raise MemoryError("Context")
         if translation in (PIN_CACHE, PIN_CACHE_HOOKS):
-            context.has_registered = regcache_init(&context.registered, register_pinned, deregister_pinned, context, regions,
-                                                   bytes_, PAGE_SIZE, True, False) == 0
+            context.has_registered = 0 == regcache_init(
+                &context.registered, register_pinned, deregister_pinned, context, regions, bytes_, PAGE_SIZE, True, False)
         elif translation == PRELOAD_REGISTERED:
-            context.has_registered = regcache_init(&context.registered, register_preloaded, deregister_preloaded, context, regions,
-                                                   bytes_, PAGE_SIZE, True, False) == 0
+            context.has_registered = 0 == regcache_init(
+                &context.registered, register_preloaded, deregister_preloaded, context, regions, bytes_, PAGE_SIZE, True, False)
         if translation in (PIN_CACHE, PIN_CACHE_HOOKS, PRELOAD_REGISTERED) and not context.has_registered:
             raise MemoryError("Context")
         return 0
@@ -396,7 +396,7 @@ cdef class Context:
                     done = bounce_new(context, bounce)
                 error = context_attach(context) if done else -ENOMEM
             if error:
-                raise MemoryError("Context")
+                raise MemoryError("Context") if error == -ENOMEM else syscall_error(error, "attach")
             context.gone = False
             self.space = ref(space)
             nic.contexts[<size_t> mm] = ref(self)

@@ -83,7 +83,8 @@ cdef bint word_copy(Memory *mem, u64 word, u64 offset, char *data, u64 count, bi
     return done
 
 
-cdef int device_access(NicContext *context, const Transfer *transfer, u64 addr, u64 length, char *data, u64 *completed) noexcept nogil:
+cdef int device_access(NicContext *context, const Transfer *transfer, u64 addr, u64 length, char *data,
+                       u64 *completed) noexcept nogil:
     """The device goes over [addr, addr + length) page by page; without `data` it moves nothing.  Nic.lock is not held."""
     cdef NIC *nic = context.nic
     cdef u64 word, part, phase
@@ -196,7 +197,9 @@ cdef int access_bounced(NicContext *context, const Transfer *transfer, u64 lengt
             why = touch_any(mm, stopped, page_align(transfer.start + completed[0] + part), transfer.write, &batch, &touched,
                             &stopped)
             batch_end(&batch)
-            done = part if not why else stopped - (transfer.start + completed[0]) if stopped > transfer.start + completed[0] else 0
+            done = part
+            if why:
+                done = stopped - transfer.start - completed[0] if stopped > transfer.start + completed[0] else 0
         if why:
             why = refusal(mm, transfer.start + completed[0] + done, why)
         thread_set_inside(NULL)

@@ -149,7 +149,9 @@ def replay(trace: Trace, *, placement: str = "none", communication: Communicatio
     player.run(events, plan)
     seconds, cpu_seconds = time.perf_counter() - begin, time.thread_time() - cpu_begin
     counted = player.result()
-    device = {name: count - (0 if name.endswith("_peak") else before[name]) for name, count in nic.stats.items()} if before else None
+    device = None
+    if nic is not None:
+        device = {name: n - (0 if name.endswith("_peak") else before[name]) for name, n in nic.stats.items()}
     names = {op: Op(op).name.lower() for op in counted["operations"]}
     differences = {names[op]: {kind: n for kind, n in row.items() if kind != "agrees"}
                    for op, row in counted["differences"].items()}
