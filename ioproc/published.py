@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import asdict, dataclass
 
@@ -163,10 +164,15 @@ def main(arguments=None):
     parser.add_argument("--json", action="store_true", help="the rows as JSON, not as a table in Markdown")
     asked = parser.parse_args(arguments)
     rows = results()
-    if asked.json:
-        print(json.dumps([asdict(row) | {"verdict": row.verdict} for row in rows], indent=1))
-    else:
-        print(table(rows))
+    try:
+        print(json.dumps([asdict(row) | {"verdict": row.verdict} for row in rows], indent=1) if asked.json else table(rows))
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # what is left in the buffer
+        if isinstance(error, BrokenPipeError):                              # whoever read our output has seen enough
+            return 0
+        print(f"ioproc.published: standard output: {error.strerror}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -1,5 +1,7 @@
 """Published results beside ours: what counts as reproduced, what each row was given, and that docs/published.md shows them."""
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,3 +77,11 @@ def test_json_and_table(rows, capsys, monkeypatch):
     assert [row["verdict"] for row in json.loads(capsys.readouterr().out)] == [row.verdict for row in rows]
     assert published.main([]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2 + len(rows)
+
+
+@pytest.mark.parametrize("command, status, told", [
+    ("| head -c 1", 0, ""), ("> /dev/full", 2, "ioproc.published: standard output: No space left on device\n")])
+def test_output_that_nobody_takes(command, status, told):
+    shell = f"set -o pipefail; '{sys.executable}' -m ioproc.published {command}"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (status, told)
