@@ -41,17 +41,19 @@ def check(path: str | os.PathLike) -> None:
         raise ImportError("pictures need matplotlib: pip install 'ioproc[plot]'") from error
 
 
-def _axes(path, title, height=4.2):
+def _axes(path, title, height=4.2, **rows):
+    """A picture with its axes, as many as `rows` say, one below the other."""
     check(path)
     from matplotlib.figure import Figure  # not pyplot: no display, nothing global
 
     figure = Figure(figsize=(7.2, height), layout="constrained")
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_axisbelow(True)
+    found = figure.subplots(**rows, squeeze=False)[:, 0]
+    for axes in found:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_axisbelow(True)
     if title:
         figure.suptitle(title)
-    return figure, axes
+    return figure, *found
 
 
 def _save(figure, path):
@@ -218,7 +220,7 @@ def crossover(series: dict, path: str | os.PathLike, title: str | None = None) -
     Parameters
     ----------
     series : dict
-        By label, pairs of a share (0 to 1) and ns.
+        By label, pairs of a share (0 to 1) and ns.  Below, lines are shown as differences to the first.
     path, title
         As for `cost_bars`.
 
@@ -229,19 +231,34 @@ def crossover(series: dict, path: str | os.PathLike, title: str | None = None) -
     """
     check(path)
     lines, found = _series(series), crossings(series)
+    first, (base_shares, base) = next(iter(lines.items()))
     unit, size = _unit(max(ns.max() for _, ns in lines.values()))
-    figure, axes = _axes(path, title)
+    few, fewer = _unit(max(abs(np.interp(base_shares, *line) - base).max() for line in lines.values()))
+    figure, whole, apart = _axes(path, title, 5.4, nrows=2, sharex=True, height_ratios=(3, 2))
     for (label, (shares, ns)), (color, mark) in zip(lines.items(), cycle(LINES)):
-        axes.plot(100 * shares, ns / size, color=color, marker=mark, markersize=5, label=label)
+        # Straight between the points, also where the axis is a logarithm.
+        fine = np.unique(np.concatenate([shares, np.linspace(shares[0], shares[-1], 500)]))
+        cost = np.interp(fine, shares, ns)
+        style = {"color": color, "marker": mark, "markersize": 5, "markevery": np.searchsorted(fine, shares).tolist()}
+        whole.plot(100 * fine, cost / size, label=label, **style)
+        apart.plot(100 * fine, (cost - np.interp(fine, base_shares, base)) / fewer, **style)
     for share, ns, _, after in found:
-        axes.axvline(100 * share, color="0.6", linestyle=":", zorder=0)
-        axes.plot(100 * share, ns / size, "o", color=BLACK, markersize=11, fillstyle="none")
-        axes.annotate(f"{100 * share:.2g} %: from here\n{after} costs less", (100 * share, ns / size), xytext=(10, -8),
-                      textcoords="offset points", va="top", fontsize="small")
-    axes.set_xlim(left=0)
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("share of the memory that communicates, %")
-    axes.set_ylabel(f"cost, {unit}")
-    axes.grid(color="0.9")
-    axes.legend(frameon=False)
+        difference = (ns - np.interp(share, base_shares, base)) / fewer
+        for axes, at in ((whole, ns / size), (apart, difference)):
+            axes.axvline(100 * share, color="0.6", linestyle=":", zorder=0)
+            axes.plot(100 * share, at, "o", color=BLACK, markersize=11, fillstyle="none")
+        side, place = (-10, "right") if after == first else (10, "left")        # where the lines that meet here are not
+        apart.annotate(f"{100 * share:.2g} %: from here\n{after} costs less", (100 * share, difference), xytext=(side, 8),
+                       textcoords="offset points", va="bottom", ha=place, fontsize="small",
+                       bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1})
+    if min(shares[0] for shares, _ in lines.values()) > 0:
+        apart.set_xscale("log")
+        apart.xaxis.set_major_formatter(lambda percent, _: f"{percent:g}")
+    whole.set_ylim(bottom=0)
+    whole.set_ylabel(f"cost, {unit}")
+    apart.set_ylabel(f"cost beyond that of\n{first}, {few}")
+    apart.set_xlabel("share of the memory that communicates, %")
+    for axes in (whole, apart):
+        axes.grid(color="0.9")
+    whole.legend(frameon=False)
     _save(figure, path)

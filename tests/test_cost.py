@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from ioproc import Cost, cost
+from ioproc import Cost, Nic, cost
 from ioproc.cost import COMPONENTS, GRADES, OPTIONS, PRESETS
 
 NAMES = [parameter.name for parameter in Cost().parameters()]
@@ -123,6 +123,10 @@ def test_a_component_is_the_sum_over_its_parameters():
         {"registrations": 2, "registered_pages": 8, "deregistrations": 1, "deregistered_pages": 4, "regcache_hits": 9,
          "regcache_misses": 1, "violations": 5, "bytes": 1 << 30})
     assert modelled["registration"] == 2 * 100 + 8 * 10 + 7 + 4 + 10 * 0.5 == modelled["total"]
+
+
+def test_all_counts_are_counts_of_a_nic():
+    assert {count for parameter in Cost().parameters() for count in parameter.counts} <= set(Nic().stats)
 
 
 def test_nothing_costs_nothing():

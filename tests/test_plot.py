@@ -89,7 +89,7 @@ def test_the_same_picture_is_the_same_file(name, tmp_path):
 
 def test_cost_bars_tell_designs_components_units_and_who_is_unsafe(tmp_path):
     told = texts(drawn("cost_bars", ROWS, tmp_path / "bars.svg", "a title"))
-    assert {"mm+fault", "pin", "pin-cache", "modelled cost, ms", "1.05 ms", "849 µs", "16 µs  UNSAFE", "a title"} <= set(told)
+    assert {"mm+fault", "pin", "pin-cache", "modelled cost, ms", "1.05 ms", "824 µs", "16 µs  UNSAFE", "a title"} <= set(told)
     assert [one for one in told if one in plot.COMPONENTS] == ["NIC faults", "registration"]      # only what costs anything
     assert told.index("mm+fault") < told.index("pin") < told.index("pin-cache")
 
@@ -132,8 +132,17 @@ def test_curves_that_are_none(curve, tmp_path):
 
 def test_crossover_is_marked(tmp_path):
     told = texts(drawn("crossover", LINES, tmp_path / "crossover.svg"))
-    assert {"whole", "per VMA", "share of the memory that communicates, %", "cost, ns", "25 %: from here",
-            "whole costs less"} <= set(told)
+    assert {"whole", "per VMA", "share of the memory that communicates, %", "cost, ns", "cost beyond that of", "whole, ns",
+            "25 %: from here", "whole costs less"} <= set(told)
+
+
+def test_crossover_has_a_log_axis_unless_a_share_is_zero(tmp_path):
+    some = {label: [(max(share, 0.01), ns) for share, ns in points] for label, points in LINES.items()}
+    assert {"1", "10", "100"} <= set(texts(drawn("crossover", some, tmp_path / "crossover.svg")))
+
+
+def test_crossover_of_one_line(tmp_path):
+    assert "cost, µs" in texts(drawn("crossover", {"alone": [(0.5, 2000)]}, tmp_path / "crossover.svg"))
 
 
 def test_colours_are_okabe_and_itos(tmp_path):
