@@ -25,6 +25,7 @@ try:
         SegmentationFault,
         TranslationCache,
         Violation,
+        hit_curve,
     )
 except ModuleNotFoundError as error:
     if error.name != "ioproc._core":
@@ -65,9 +66,9 @@ __all__ = [
     "DESIGNS", "HOOK_NAMES", "MADV_COLD", "MADV_DONTNEED_LOCKED", "MADV_KEEPONFORK", "MADV_PAGEOUT", "MADV_POPULATE_READ",
     "MADV_POPULATE_WRITE", "MADV_WIPEONFORK", "MAP_FIXED", "MAP_FIXED_NOREPLACE", "MAP_GROWSDOWN", "MAP_HUGETLB",
     "MAP_LOCKED", "MAP_NORESERVE", "MAP_POPULATE", "MAP_STACK", "MREMAP_DONTUNMAP", "MREMAP_FIXED", "MREMAP_MAYMOVE",
-    "MS_ASYNC", "MS_INVALIDATE", "MS_SYNC", "PROT_GROWSDOWN", "VMA", "AccessError", "AddressSpace", "BusError", "Context", "Cost",
-    "CountingOps", "File", "Nic", "Ops", "PhysicalMemory", "Registration", "RegistrationCache", "RemoteAccessError",
-    "SegmentationFault", "Trace", "TranslationCache", "Violation", "choose", "compare", "get_include",
+    "MS_ASYNC", "MS_INVALIDATE", "MS_SYNC", "PROT_GROWSDOWN", "VMA", "AccessError", "AddressSpace", "BusError", "Context",
+    "Cost", "CountingOps", "File", "Nic", "Ops", "PhysicalMemory", "Registration", "RegistrationCache", "RemoteAccessError",
+    "SegmentationFault", "Trace", "TranslationCache", "Violation", "choose", "compare", "get_include", "hit_curve",
     "replay", "workload",
 ]
 __version__ = "0.1.0"

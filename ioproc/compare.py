@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from . import workload
-from ._core import DESIGNS, AddressSpace, Nic, PhysicalMemory, Violation, design_name
+from ._core import DESIGNS, AddressSpace, Nic, PhysicalMemory, Violation, design_name, hit_curve
 from .cost import COMPONENTS, Cost
 from .text import counted, duration, percent, printable, progress, settings, table
 from .trace import Op, Replay, Trace, replay
@@ -373,7 +373,6 @@ def pictures(comparison: Comparison, path: str | os.PathLike[str]) -> list[Path]
         What was written; a history without messages has no hits.
     """
     from . import plot
-    from ._core import hit_curve
 
     plot.check(path)
     path, trace = Path(path), comparison.trace

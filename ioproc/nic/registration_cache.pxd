@@ -2,14 +2,14 @@
 # Knows neither devices nor address spaces: two callbacks register and deregister.
 #
 # Regions in the cache are disjoint.  The index is a sorted array of leaves, each a sorted array of up to LEAF_REGIONS regions:
-# a look-up reads the addresses, which lie side by side, and then the one region.
+# of many regions, a look-up finds one leaf out of the processor's cache, and then the region itself.
 #
 # The lock is never held while a callback runs.  A range that is being registered is announced (Pending): who wants any of it
 # waits for that to end, and an invalidation, which must not wait, only marks it, to be registered again.
 from libc.errno cimport EAGAIN, EDEADLOCK, EINTR, EINVAL, ENOMEM, ESHUTDOWN
 from libc.stdint cimport UINT64_MAX, int64_t as i64, uint32_t as u32, uint64_t as u64
 from libc.stdlib cimport free, malloc, realloc
-from libc.string cimport memcpy, memmove, memset
+from libc.string cimport memmove, memset
 from ioproc.hooks.chain cimport likely, unlikely
 from ioproc.vm.mm cimport (
     check, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, pthread_self,
@@ -26,7 +26,7 @@ cdef extern from "<pthread.h>" nogil:
 cdef enum:
     REGION_READ = 1             # what the device may do
     REGION_WRITE = 2
-    LEAF_REGIONS = 64
+    LEAF_REGIONS = 32
     REGISTER_ATTEMPTS = 100     # of a range that is invalidated each time
 
 cdef struct Region:
@@ -40,10 +40,13 @@ cdef struct Region:
     Region *older               # by the last put
     Region *newer               # of a region that has left: the next to deregister
 
+cdef struct LeafEntry:
+    u64 start                   # UINT64_MAX: not used
+    Region *region
+
 cdef struct Leaf:
+    LeafEntry entry[32]         # in address order
     u64 n
-    u64 start[64]
-    Region *region[64]
 
 cdef struct Pending:            # a registration that is going on
     u64 start
@@ -71,6 +74,7 @@ cdef struct RegCache:
     void *arg
     u64 max_regions             # UINT64_MAX: no limit
     u64 max_bytes
+    bint limited
     u64 alignment               # a power of two
     bint merge
     bint defer                  # an invalidation leaves deregistering to the next get, put or flush
@@ -81,7 +85,7 @@ cdef struct RegCache:
     u64 leaves
     u64 room                    # for leaves
     Leaf *spare                 # so that no insertion can fail half-way
-    Region *oldest              # the order of use.  Those in use may be in it: eviction takes them out, their last put in again
+    Region *oldest              # the order of use, kept if limited.  Of those in use too: eviction takes them out, a put in again
     Region *newest
     Region *left                # to be deregistered later
     Pending *pending
@@ -91,26 +95,55 @@ cdef struct RegCache:
 
 # ---- index
 
-cdef inline u64 last_not_above(const u64 *start, u64 n, u64 addr) noexcept nogil:
-    """The last of n > 0 that is not above `addr`, or 0.  No branch: where it is, is anyone's guess."""
-    cdef const u64 *at = start
+cdef inline u64 leaf_at(const RegCache *cache, u64 addr) noexcept nogil:
+    """The last leaf that does not begin above `addr`, or the first.  No branch: where it is, is anyone's guess."""
+    cdef const u64 *at = cache.first
+    cdef u64 n = cache.leaves
     cdef u64 half
     while n > 1:
         half = n >> 1
-        at += half * (at[half] <= addr)
+        at = &at[half] if at[half] <= addr else at
         n -= half
-    return at - start
+    return at - cache.first
+
+
+cdef inline u64 not_above(const LeafEntry *entry, u64 i, u64 addr) noexcept nogil:
+    return entry[i].start <= addr
+
+
+cdef inline u64 leaf_slot(const Leaf *leaf, u64 addr) noexcept nogil:
+    """The last entry that does not start above `addr`, or the first."""
+    cdef const LeafEntry *entry = &leaf.entry[0]
+    cdef u64 i = 4 * (not_above(entry, 4, addr) + not_above(entry, 8, addr) + not_above(entry, 12, addr)
+                      + not_above(entry, 16, addr) + not_above(entry, 20, addr) + not_above(entry, 24, addr)
+                      + not_above(entry, 28, addr))
+    return i + not_above(entry, i + 1, addr) + not_above(entry, i + 2, addr) + not_above(entry, i + 3, addr)
 
 
 cdef inline Region *region_below(const RegCache *cache, u64 addr) noexcept nogil:
     """The last region that does not start above `addr` (it may end below it), or NULL."""
+    cdef const LeafEntry *entry
     cdef const Leaf *leaf
-    cdef u64 i
     if cache.leaves == 0:
         return NULL
-    leaf = cache.leaf[last_not_above(cache.first, cache.leaves, addr)]
-    i = last_not_above(leaf.start, leaf.n, addr)
-    return leaf.region[i] if leaf.start[i] <= addr else NULL
+    leaf = cache.leaf[leaf_at(cache, addr)]
+    entry = &leaf.entry[leaf_slot(leaf, addr)]
+    return entry.region if entry.start <= addr else NULL
+
+
+cdef inline Region *region_above(const RegCache *cache, u64 addr) noexcept nogil:
+    """The first region that does not start below `addr`, or NULL."""
+    cdef const Leaf *leaf
+    cdef u64 i, at
+    if cache.leaves == 0:
+        return NULL
+    i = leaf_at(cache, addr)
+    leaf = cache.leaf[i]
+    at = leaf_slot(leaf, addr)
+    at += leaf.entry[at].start < addr
+    if at < leaf.n:
+        return leaf.entry[at].region
+    return cache.leaf[i + 1].entry[0].region if i + 1 < cache.leaves else NULL
 
 
 cdef inline bint index_reserve(RegCache *cache) noexcept nogil:
@@ -136,6 +169,15 @@ cdef inline bint index_reserve(RegCache *cache) noexcept nogil:
     return True
 
 
+cdef inline void leaf_move(Leaf *leaf, u64 n, const LeafEntry *entries, u64 moved) noexcept nogil:
+    """The leaf has its first `n` entries, and then these."""
+    cdef u64 i
+    memmove(&leaf.entry[n], entries, moved * sizeof(LeafEntry))
+    leaf.n = n + moved
+    for i in range(leaf.n, <u64> LEAF_REGIONS):
+        leaf.entry[i].start = UINT64_MAX
+
+
 cdef inline Leaf *leaf_insert(RegCache *cache, u64 i) noexcept nogil:
     """The spare leaf becomes leaf `i`: still empty."""
     cdef Leaf *leaf = cache.spare
@@ -144,7 +186,7 @@ cdef inline Leaf *leaf_insert(RegCache *cache, u64 i) noexcept nogil:
     cache.spare = NULL
     cache.leaf[i] = leaf
     cache.leaves += 1
-    leaf.n = 0
+    leaf_move(leaf, 0, leaf.entry, 0)
     return leaf
 
 
@@ -162,47 +204,39 @@ cdef inline void index_insert(RegCache *cache, Region *region) noexcept nogil:
     cdef u64 at = 0
     cdef u64 half = LEAF_REGIONS >> 1
     cdef Leaf *leaf
-    cdef Leaf *upper
     if cache.leaves == 0:
         leaf = leaf_insert(cache, 0)
     else:
-        i = last_not_above(cache.first, cache.leaves, region.start)
+        i = leaf_at(cache, region.start)
         leaf = cache.leaf[i]
-        at = last_not_above(leaf.start, leaf.n, region.start)
-        at += leaf.start[at] < region.start
+        at = leaf_slot(leaf, region.start)
+        at += leaf.entry[at].start < region.start
     if leaf.n == LEAF_REGIONS:
         if at == LEAF_REGIONS:              # addresses that only rise leave full leaves behind
             half = at
-        upper = leaf_insert(cache, i + 1)
-        upper.n = LEAF_REGIONS - half
-        memcpy(upper.start, &leaf.start[half], upper.n * sizeof(u64))
-        memcpy(upper.region, &leaf.region[half], upper.n * sizeof(void *))
-        leaf.n = half
-        cache.first[i + 1] = upper.start[0]
+        leaf_move(leaf_insert(cache, i + 1), 0, &leaf.entry[half], LEAF_REGIONS - half)
+        leaf_move(leaf, half, leaf.entry, 0)
+        cache.first[i + 1] = cache.leaf[i + 1].entry[0].start
         if at >= half:
-            leaf = upper
-            at -= half
             i += 1
-    memmove(&leaf.start[at + 1], &leaf.start[at], (leaf.n - at) * sizeof(u64))
-    memmove(&leaf.region[at + 1], &leaf.region[at], (leaf.n - at) * sizeof(void *))
-    leaf.start[at] = region.start
-    leaf.region[at] = region
-    leaf.n += 1
-    cache.first[i] = leaf.start[0]
+            at -= half
+            leaf = cache.leaf[i]
+    leaf_move(leaf, at + 1, &leaf.entry[at], leaf.n - at)
+    leaf.entry[at].start = region.start
+    leaf.entry[at].region = region
+    cache.first[i] = leaf.entry[0].start
 
 
 cdef inline void index_erase(RegCache *cache, const Region *region) noexcept nogil:
-    cdef u64 i = last_not_above(cache.first, cache.leaves, region.start)
+    cdef u64 i = leaf_at(cache, region.start)
     cdef Leaf *leaf = cache.leaf[i]
-    cdef u64 at = last_not_above(leaf.start, leaf.n, region.start)
-    check(leaf.region[at] == region)
-    leaf.n -= 1
-    if leaf.n == 0:
+    cdef u64 at = leaf_slot(leaf, region.start)
+    check(leaf.entry[at].region == region)
+    if leaf.n == 1:
         leaf_erase(cache, i)
         return
-    memmove(&leaf.start[at], &leaf.start[at + 1], (leaf.n - at) * sizeof(u64))
-    memmove(&leaf.region[at], &leaf.region[at + 1], (leaf.n - at) * sizeof(void *))
-    cache.first[i] = leaf.start[0]
+    leaf_move(leaf, at, &leaf.entry[at + 1], leaf.n - at - 1)
+    cache.first[i] = leaf.entry[0].start
 
 
 # ---- order of use
@@ -313,6 +347,7 @@ cdef inline int regcache_init(
     cache.arg = arg
     cache.max_regions = max_regions if max_regions else UINT64_MAX
     cache.max_bytes = max_bytes if max_bytes else UINT64_MAX
+    cache.limited = max_regions or max_bytes
     cache.alignment = alignment
     cache.merge = merge
     cache.defer = defer
@@ -532,8 +567,8 @@ cdef inline void regcache_put(RegCache *cache, Region *region) noexcept nogil:
     if region.refs == 0:
         cache.counts.in_use -= 1
         if likely(region.cached):
-            region_list(cache, region)
-            if unlikely(regcache_is_full(cache)):
+            if cache.limited:
+                region_list(cache, region)
                 regcache_evict(cache, &left)
         else:
             region_discard(cache, region, &left)

@@ -273,8 +273,8 @@ cdef class RegistrationCache:
         """
         dict: so far ``gets``, ``hits``, ``misses`` (failed ones too), ``merges`` (misses whose region replaced others),
         ``registrations``, ``deregistrations``, ``evictions`` (regions that left for the limits), ``invalidations`` (regions that
-        left by `invalidate`), ``deferred`` (regions that left while they were in use); now ``regions`` and ``bytes`` in the cache,
-        and ``in_use``: regions that are, in the cache or not.
+        left by `invalidate`), ``deferred`` (regions that left while in use); now ``regions`` and ``bytes`` in the cache, and
+        ``in_use``: regions in use, in the cache or not.
         """
         cdef RegCacheCounts counts
         pthread_mutex_lock(&self.cache.lock)
@@ -305,16 +305,16 @@ cdef class RegistrationCache:
 
 cdef Region *regcache_copy(RegCache *cache, u64 *n) noexcept nogil:
     """Of its regions; NULL: no memory."""
+    cdef const Region *region
     cdef Region *copy
-    cdef u64 i, j
     n[0] = 0
     pthread_mutex_lock(&cache.lock)
     copy = <Region *> malloc((cache.counts.regions + 1) * sizeof(Region))
-    if copy != NULL:
-        for i in range(cache.leaves):
-            for j in range(cache.leaf[i].n):
-                copy[n[0]] = cache.leaf[i].region[j][0]
-                n[0] += 1
+    region = region_above(cache, 0) if copy != NULL else NULL
+    while region != NULL:
+        copy[n[0]] = region[0]
+        n[0] += 1
+        region = region_above(cache, region.end)
     pthread_mutex_unlock(&cache.lock)
     return copy
 
@@ -344,3 +344,16 @@ cdef int raise_and_restore(PyObject *outer) except -1:
     exception = <object> raised
     Py_DECREF(exception)
     raise exception
+
+
+def get_and_put(RegistrationCache cache not None, const u64[::1] addresses, u64 length):
+    """For benchmarks: the C interface from a loop in C.  How many could be had."""
+    cdef Region *region
+    cdef u64 got = 0
+    cdef Py_ssize_t i
+    with nogil:
+        for i in range(addresses.shape[0]):
+            if regcache_get(&cache.cache, addresses[i], length, REGION_READ | REGION_WRITE, &region) == 0:
+                regcache_put(&cache.cache, region)
+                got += 1
+    return got
