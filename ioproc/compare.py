@@ -313,9 +313,9 @@ def _row(name, attach, result, nothing, cost, spent):
                result.vmas_peak - nothing.vmas_peak, result.disagreement, result.violations)
 
 
-def by_share(trace: Trace, shares: Sequence[float] = (0.01, 0.03, 0.1, 0.3, 1.0),
+def by_share(trace: Trace, shares: Sequence[float] = (0.01, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
              designs: Iterable[str | Mapping[str, Any]] = ("mm+fault", "vma+fault"), nic: Mapping[str, Any] | None = None,
-             cost: Cost | str = "modern", *, kind: str = "buffers", seed: int = 0, messages: int = 4,
+             cost: Cost | str = "modern", *, component: str = "total", kind: str = "buffers", seed: int = 0, messages: int = 4,
              ) -> dict[str, list[tuple[float, float]]]:
     """Modelled cost against the share of the memory that communicates, of a history without communication of its own.
 
@@ -326,18 +326,22 @@ def by_share(trace: Trace, shares: Sequence[float] = (0.01, 0.03, 0.1, 0.3, 1.0)
     shares : sequence of float
     designs, nic, cost
         As `compare` takes them.
+    component : str
+        Of the modelled cost: ``"total"``, or one of `ioproc.cost.COMPONENTS`.
 
     Returns
     -------
     dict
         By design, ``(share, ns)`` for each of the shares; what `ioproc.plot.crossover` draws.
     """
+    if component not in ("total", *COMPONENTS):
+        raise ValueError(f"component = {component!r}: not one of total, {', '.join(COMPONENTS)}")
     named = [design(one) for one in designs]
     series: dict[str, list[tuple[float, float]]] = {name: [] for name, _ in named}
     for share in shares:
         talking = workload.communicate(trace, share, kind, seed, messages)
         for row in compare(talking, [{"name": name} | attach for name, attach in named], nic, cost):
-            series[row.design].append((share, row.modelled_ns))
+            series[row.design].append((share, row.modelled[component]))
     return series
 
 
@@ -358,14 +362,14 @@ def translations(trace: Trace) -> np.ndarray:
 
 
 def pictures(comparison: Comparison, path: str | os.PathLike[str]) -> list[Path]:
-    """Draw a comparison: its costs, the hits of caches of every size, and cost against the share of memory that communicates.
+    """Draw a comparison: its costs, the hits of caches of every size, and what hooks cost, by the share that communicates.
 
     Parameters
     ----------
     comparison : Comparison
     path : path
         For the costs, ``.png`` or ``.svg``; the others get ``-hits`` and ``-share`` before the suffix.  The last is of the same
-        history with communication drawn anew for each share.
+        history with communication drawn anew for each share, for hooks on the address space and on VMAs.
 
     Returns
     -------
@@ -384,5 +388,6 @@ def pictures(comparison: Comparison, path: str | os.PathLike[str]) -> list[Path]
         plot.hit_curve(hit_curve(asked), written[-1])
     silent = Trace(trace.events[trace.events["op"] != Op.COMM], trace.metadata)
     written.append(path.with_stem(f"{path.stem}-share"))
-    plot.crossover(by_share(silent, nic=comparison.nic, cost=comparison.cost), written[-1])
+    series = by_share(silent, nic=comparison.nic, cost=comparison.cost, component="callbacks")
+    plot.crossover(series, written[-1], title="callbacks and attachments to VMAs")
     return written

@@ -274,7 +274,11 @@ def test_cost_by_share():
         assert [share for share, _ in line] == [0, 0.5, 1]
         assert line[0][1] < line[1][1] < line[2][1]
     talking = workload.communicate(trace, 0.5)
-    assert series["pin"][1][1] == compare_(talking, ["pin"], NIC)["pin"].modelled_ns
+    row = compare_(talking, ["pin"], NIC)["pin"]
+    assert series["pin"][1][1] == row.modelled_ns
+    assert compare.by_share(trace, [0.5], ["pin"], NIC, component="registration")["pin"] == [(0.5, row.modelled["registration"])]
+    with pytest.raises(ValueError, match="component = 'faults'"):
+        compare.by_share(trace, component="faults")
 
 
 def test_the_stream_of_translations():
