@@ -25,6 +25,7 @@ try:
         SegmentationFault,
         TranslationCache,
         Violation,
+        hit_curve,
     )
 except ModuleNotFoundError as error:
     if error.name != "ioproc._core":
@@ -64,7 +65,8 @@ __all__ = [
     "MAP_LOCKED", "MAP_NORESERVE", "MAP_POPULATE", "MAP_STACK", "MREMAP_DONTUNMAP", "MREMAP_FIXED", "MREMAP_MAYMOVE",
     "MS_ASYNC", "MS_INVALIDATE", "MS_SYNC", "PROT_GROWSDOWN", "VMA", "AccessError", "AddressSpace", "BusError", "Context",
     "CountingOps", "File", "Nic", "Ops", "PhysicalMemory", "Registration", "RegistrationCache", "RemoteAccessError",
-    "SegmentationFault", "Trace", "TranslationCache", "Violation", "choose", "get_include", "replay",
+    "SegmentationFault", "Trace", "TranslationCache", "Violation", "choose", "get_include", "hit_curve",
+    "replay",
 ]
 __version__ = "0.1.0"
 

@@ -150,7 +150,7 @@ def test_fork_copies_and_breaks():
     result = replay(history.trace(), placement="mm", ops=watch.ops)
     assert watch.log[:-2] == ranges(("update_page", 0), ("update_page", 1), ("wrprotect_page", 0), ("wrprotect_page", 1),
                                     ("invalidate_page", 0), ("update_page", 0), ("update_page", 0))
-    assert result.faults == {"zero": 0, "anon": 2, "file": 0, "reuse": 1, "cow": 1}
+    assert result.faults == {"zero": 0, "anon": 2, "file": 0, "reuse": 1, "cow": 1, "swap": 0}
     assert result.differences == {"fault": {"present": 1}}
     assert (result.address_spaces, result.registrations, result.vmas_peak) == (2, 2, 2)
 
@@ -224,7 +224,7 @@ def test_a_segment_attached_to_be_read():
 def test_faults_read_write_and_unknown():
     history = History().mmap(0, 3).mmap(3, 1, RO).fault(0, READ).fault(1, WRITE).fault(2, 0).fault(3, 0)
     result = replay(history.trace())
-    assert result.faults == {"zero": 2, "anon": 2, "file": 0, "reuse": 0, "cow": 0}
+    assert result.faults == {"zero": 2, "anon": 2, "file": 0, "reuse": 0, "cow": 0, "swap": 0}
     assert (result.guessed, result.differences) == (2, {})
 
 
@@ -241,7 +241,7 @@ def test_files_are_shared_by_all_processes():
     history = (History(2 * PAGE).mmap(0, 2, RW, mmap.MAP_SHARED, file=0).fault(0)
                .mmap(0, 2, RW, mmap.MAP_PRIVATE, file=0, pid=2).fault(0, READ, pid=2).fault(0, WRITE, pid=2))
     result = replay(history.trace(), placement="mm")
-    assert result.faults == {"zero": 0, "anon": 0, "file": 2, "reuse": 0, "cow": 1}
+    assert result.faults == {"zero": 0, "anon": 0, "file": 2, "reuse": 0, "cow": 1, "swap": 0}
     assert result.callbacks == NO_CALLS | {"update_page": 3, "invalidate_page": 1, "release": 2}
 
 

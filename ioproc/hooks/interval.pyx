@@ -54,6 +54,7 @@ cdef list treap_names(const Interval *node):
     return [*treap_names(node.left), <object> (<Named *> node.arg).name, *treap_names(node.right)]
 
 
+@cython.no_gc_clear          # its intervals are found by `named` until the end
 cdef class IntervalsProbe:
     """
     For tests: the intervals of an address space that is not there.

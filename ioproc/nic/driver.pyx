@@ -65,6 +65,7 @@ cdef void told(NicContext *context, bint changed) noexcept nogil:
     context.counts.callbacks += 1
     context.counts.invalidations += 1
     context.counts.useful += changed
+    context.counts.shootdowns += changed
 
 
 cdef void context_invalidate(NicContext *context, u64 start, u64 end) noexcept nogil:
@@ -156,7 +157,7 @@ cdef void interval_invalidate(void *arg, u64 start, u64 end, u64 seq) noexcept n
 
 
 cdef void interval_removed(void *arg) noexcept nogil:
-    free(arg)
+    """Whoever waits with it in hand may go on: its memory is the context's to the end."""
 
 
 cdef bint precopy_wants(void *arg, u64 addr) noexcept nogil:
@@ -382,15 +383,15 @@ cdef int fault_with_interval(NicContext *context, const Transfer *transfer, u64 
     cdef int why
     cdef bint huge
     while True:
-        mm_lock(mm)
-        if context.gone or mm.dead:
-            mm_unlock(mm)
-            return DETACHED
-        if not attach_interval(context, transfer.start & PAGE_MASK, page_align(transfer.end)):
-            mm_unlock(mm)
-            return NO_FRAME
-        interval = &context.attachments[attachment_above(context, addr)].interval
-        mm_unlock(mm)
+        mm_lock_to_look(mm)
+        why = DETACHED if context.gone or mm.dead else DONE
+        if why == DONE and not attach_interval(context, transfer.start & PAGE_MASK, page_align(transfer.end)):
+            why = NO_FRAME
+        if why == DONE:
+            interval = &context.attachments[attachment_above(context, addr)].interval
+        mm_unlock_looked(mm)
+        if why:
+            return why
         schedule_point(READ_BEGIN)
         seq = interval_read_begin(mm.intervals, interval)
         mm_lock_to_look(mm)
@@ -602,11 +603,32 @@ cdef int register_pinned(void *arg, u64 start, u64 end, u32 access, void **handl
     return 0
 
 
+cdef void drop_uncached(NicContext *context, u64 start, u64 end) noexcept nogil:
+    """The translations of a region that goes, but for what the one it was merged into has loaded.  Nic.lock is held."""
+    cdef const Region *region
+    cdef u64 stop
+    if context.has_registered:
+        pthread_mutex_lock(&context.registered.lock)
+    while start < end:
+        stop = end
+        region = region_below(&context.registered, start) if context.has_registered else NULL
+        if region != NULL and region.end > start:
+            start = region.end
+            continue
+        region = region_above(&context.registered, start) if context.has_registered else NULL
+        if region != NULL and region.start < stop:
+            stop = region.start
+        context_drop(context, start, stop)
+        start = stop
+    if context.has_registered:
+        pthread_mutex_unlock(&context.registered.lock)
+
+
 cdef void deregister_pinned(void *arg, u64 start, u64 end, void *handle) noexcept nogil:
     cdef NicContext *context = <NicContext *> arg
     cdef Pinned *pinned = <Pinned *> handle
     pthread_mutex_lock(&context.nic.lock)
-    context_drop(context, start, end)
+    drop_uncached(context, start, end)
     context.counts.deregistrations += 1
     context.counts.deregistered_pages += pinned.n
     count_pinned(context, -pinned.n)
@@ -626,20 +648,22 @@ cdef int register_preloaded(void *arg, u64 start, u64 end, u32 access, void **ha
     transfer.write = access & REGION_WRITE != 0
     transfer.region = NULL
     transfer.preload = True
+    while addr < end and why == DONE:
+        why = nic_fault(context, &transfer, addr, transfer.write)
+        addr += PAGE_SIZE
+    if why:
+        return -CAUSE_ERRNO - why
     pthread_mutex_lock(&context.nic.lock)
     context.counts.registrations += 1
     context.counts.registered_pages += (end - start) >> PAGE_SHIFT
     pthread_mutex_unlock(&context.nic.lock)
-    while addr < end and why == DONE:
-        why = nic_fault(context, &transfer, addr, transfer.write)
-        addr += PAGE_SIZE
-    return -CAUSE_ERRNO - why if why else 0
+    return 0
 
 
 cdef void deregister_preloaded(void *arg, u64 start, u64 end, void *handle) noexcept nogil:
     cdef NicContext *context = <NicContext *> arg
     pthread_mutex_lock(&context.nic.lock)
-    context_drop(context, start, end)
+    drop_uncached(context, start, end)
     context.counts.deregistrations += 1
     context.counts.deregistered_pages += (end - start) >> PAGE_SHIFT
     wait_for_flights(context)
@@ -714,7 +738,6 @@ cdef void context_end(NicContext *context) noexcept nogil:
     if context.placement == AT_INTERVAL:
         for i in range(context.nattachments):
             intervals_remove(mm.intervals, &context.attachments[i].interval)
-        context.nattachments = 0
         mm.hooked -= 1
     if context.has_registered:
         regcache_close(&context.registered)

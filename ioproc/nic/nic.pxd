@@ -68,6 +68,7 @@ cdef struct NicCounts:          # in the order of NIC_COUNTS in nic.pyx
     u64 callbacks
     u64 useful
     u64 invalidations
+    u64 shootdowns
     u64 invalidated
     u64 downgraded
     u64 evicted
@@ -76,6 +77,8 @@ cdef struct NicCounts:          # in the order of NIC_COUNTS in nic.pyx
     u64 registered_pages
     u64 deregistrations
     u64 deregistered_pages
+    u64 regcache_hits           # these two in `context_counts`
+    u64 regcache_misses
     u64 pinned
     u64 pinned_peak
     u64 copied_bytes

@@ -3,10 +3,11 @@
 cdef enum:
     PACKET = 65536              # bytes that go from one NIC to the other at once
 
-NIC_COUNTS = ("transfers", "bytes", "lookups", "hits", "misses", "walks", "faults", "loaded", "prefaulted", "preloaded", "callbacks",
-              "useful", "invalidations", "invalidated", "downgraded", "evicted", "attachments", "registrations",
-              "registered_pages", "deregistrations", "deregistered_pages", "pinned", "pinned_peak", "copied_bytes", "retries",
-              "precopied", "errors", "violations", "violations_frame", "violations_permission")
+NIC_COUNTS = ("transfers", "bytes", "lookups", "hits", "misses", "walks", "faults", "loaded", "prefaulted", "preloaded",
+              "callbacks", "useful", "invalidations", "shootdowns", "invalidated", "downgraded", "evicted", "attachments",
+              "registrations", "registered_pages", "deregistrations", "deregistered_pages", "regcache_hits", "regcache_misses",
+              "pinned", "pinned_peak", "copied_bytes", "retries", "precopied", "errors", "violations", "violations_frame",
+              "violations_permission")
 TRANSLATION_NAMES = ("fault", "preload", "preload-registered", "pin", "pin-cache", "pin-cache+hooks", "bounce")
 PLACEMENT_NAMES = ("none", "mm", "vma", "interval")
 FORK_NAMES = ("posted", "revised", "inherit", "precopy")
@@ -91,6 +92,15 @@ class Violation(tuple):
 
 
 Violation.__module__ = "ioproc"
+
+
+cdef NicCounts context_counts(const NicContext *context) noexcept nogil:
+    """Nic.lock is held, or nobody else has the context."""
+    cdef NicCounts counts = context.counts
+    if context.has_registered:
+        counts.regcache_hits = context.registered.counts.hits
+        counts.regcache_misses = context.registered.counts.misses
+    return counts
 
 
 cdef dict counts_dict(const NicCounts *counts):
@@ -235,16 +245,18 @@ cdef class Nic:
         """
         dict: the counts of all contexts together, also of those that are gone.
 
-        ``transfers`` and their ``bytes``; ``lookups`` in the translation cache, in pages, of which ``hits`` and ``misses``; ``walks``:
-        misses that NIC memory answered; ``faults``: the driver was asked; ``loaded`` by faults, of these ``prefaulted`` beyond the
-        page asked for; ``preloaded`` by update hooks or a registration; ``callbacks`` run, of these ``useful``: that took something
-        away from the device, or loaded what was used later; ``invalidations``: callbacks that invalidate or restrict;
-        ``invalidated``, ``downgraded``: translations dropped, or made read-only, by these; ``evicted`` from NIC memory;
-        ``attachments`` of ops to VMAs, or of interval notifiers; ``registrations``, ``deregistrations`` and their pages; ``pinned``
-        pages now, and at most; ``copied_bytes`` through bounce buffers; ``retries`` after a collision; ``precopied`` pages at
-        fork; ``errors``: transfers that failed; ``violations``, and of these of the ``frame`` and of the ``permission``.
+        ``transfers`` and their ``bytes``; ``lookups`` in the translation cache, in pages, of which ``hits`` and ``misses``;
+        ``walks``: misses that NIC memory answered; ``faults``: the driver was asked; ``loaded`` by faults, of these
+        ``prefaulted`` beyond the page asked for; ``preloaded`` by update hooks or a registration; ``callbacks`` run, of these
+        ``useful``: that took something away from the device, or loaded what was used later; ``invalidations``: callbacks that
+        invalidate or restrict, of these ``shootdowns``: that found something to take; ``invalidated``, ``downgraded``:
+        translations dropped, or made read-only, by these; ``evicted`` from NIC memory; ``attachments`` of ops to VMAs, or of
+        interval notifiers; ``registrations``, ``deregistrations`` and their pages; ``regcache_hits``, ``regcache_misses`` of the
+        registration cache; ``pinned`` pages now, and at most; ``copied_bytes`` through bounce buffers; ``retries`` after a
+        collision; ``precopied`` pages at fork; ``errors``: transfers that failed; ``violations``, and of these of the ``frame``
+        and of the ``permission``.
         """
-        cdef NicCounts sums
+        cdef NicCounts sums, counts
         cdef NicContext *context
         cdef int i
         with nogil:
@@ -252,7 +264,8 @@ cdef class Nic:
             sums = self.nic.gone
             context = self.nic.contexts
             while context != NULL:
-                counts_add(<u64 *> &sums, <const u64 *> &context.counts, sizeof(NicCounts) // 8)
+                counts = context_counts(context)
+                counts_add(<u64 *> &sums, <const u64 *> &counts, sizeof(NicCounts) // 8)
                 context = context.next
             sums.pinned_peak = self.nic.pinned_peak
             pthread_mutex_unlock(&self.nic.lock)
@@ -395,6 +408,7 @@ cdef class Context:
     def __dealloc__(self):
         cdef NicContext *context = self.context
         cdef NicContext **link
+        cdef u64 i
         if context == NULL:
             return
         if context.mm != NULL:
@@ -404,6 +418,7 @@ cdef class Context:
             elif context.bounce != NULL:        # never attached
                 bounce_free(context)
         if context.has_registered:
+            context.counts = context_counts(context)
             regcache_destroy(&context.registered)
         if context.mm != NULL:
             pthread_mutex_lock(&context.nic.lock)
@@ -416,6 +431,8 @@ cdef class Context:
             mm_put(context.mm)
         table_free(context.index, 3)
         table_free(context.huge_index, 3)
+        for i in range(context.nattachments):
+            free(context.attachments[i])
         free(context.attachments)
         free(context)
 
@@ -448,13 +465,15 @@ cdef class Context:
 
     cdef int complete(self, int why, u64 addr, u64 length, bint write, u64 completed) except -1:
         raise_pending()
-        if why == DONE:
-            return 0
-        if completed == 0 and why in (NO_MAPPING, NO_RIGHT) and not self.context.gone:
+        return self.fail(why, addr + completed, length - completed, write, completed) if why else 0
+
+    cdef int fail(self, int why, u64 addr, u64 length, bint write, u64 completed) except -1:
+        """At `addr`; or, where a registration failed, at the first byte from there on that the process may not access so."""
+        cdef u64 allowed = 0
+        if why in (NO_MAPPING, NO_RIGHT) and not self.context.gone:
             with nogil:
-                completed = accessible(self.context.mm, addr, length, write)
-            raise RemoteAccessError(addr + completed if completed < length else addr, CAUSES[why], 0)
-        raise RemoteAccessError(addr + completed, CAUSES[why], completed)
+                allowed = accessible(self.context.mm, addr, length, write)
+        raise RemoteAccessError(addr + allowed if allowed < length else addr, CAUSES[why], completed)
 
     cdef u64 transfer(self, u64 addr, u64 length, bint write, char *data) except? 0xffffffffffffffff:
         cdef u64 completed = 0
@@ -521,9 +540,8 @@ cdef class Context:
         cdef u64 source_addr = here if out else there
         cdef u64 target_addr = there if out else here
         cdef u64 moved = 0
-        cdef u64 part = 0
-        cdef u64 completed = 0
-        cdef bint sending = True
+        cdef u64 part, read, written
+        cdef Context failed = None
         cdef int why = DONE
         cdef char *packet
         range_in_space(here, count)
@@ -532,25 +550,25 @@ cdef class Context:
         packet = <char *> malloc(PACKET)
         if packet == NULL:
             raise MemoryError("rdma")
-        with nogil:
-            while moved < count:
-                part = count - moved if count - moved < PACKET else PACKET
-                sending = True
-                why = context_transfer(source, source_addr + moved, part, False, packet, &completed)
-                if completed:
-                    part = completed
-                    sending = False
-                    if why == DONE:
-                        why = context_transfer(target, target_addr + moved, part, True, packet, &completed)
-                if why:
-                    break
-                moved += part
-            free(packet)
-        if why:
-            raise_pending()
-            addr = (source_addr if sending else target_addr) + moved + completed
-            raise RemoteAccessError(addr, CAUSES[why], moved + (0 if sending else completed))
+        while moved < count and why == DONE:
+            part = count - moved if count - moved < PACKET else PACKET
+            written = 0
+            with nogil:
+                why = context_transfer(source, source_addr + moved, part, False, packet, &read)
+            if why:
+                failed = self if out else remote
+            if read:                        # what could be read goes on
+                with nogil:
+                    part = context_transfer(target, target_addr + moved, read, True, packet, &written)
+                if part:
+                    why = part
+                    failed = remote if out else self
+            moved += written
+        free(packet)
         raise_pending()
+        if failed is not None:
+            failed.fail(why, (source_addr if failed.context == source else target_addr) + moved, count - moved,
+                        failed.context == target, moved)
         return 0
 
     def access(self, addr, length, write=False):
@@ -613,7 +631,7 @@ cdef class Context:
         cdef NicCounts counts
         with nogil:
             pthread_mutex_lock(&self.context.nic.lock)
-            counts = self.context.counts
+            counts = context_counts(self.context)
             pthread_mutex_unlock(&self.context.nic.lock)
         return counts_dict(&counts)
 
@@ -759,3 +777,18 @@ cdef class Registration:
 
     def __repr__(self):
         return f"<ioproc.Registration {self.start:#x}-{self.end:#x}{'' if self.live else ', deregistered'}>"
+
+
+def break_interval(AddressSpace mm not None, Context context not None, *, bint bracket=False, bint retry=False):
+    """
+    For tests: undo what makes interval notifiers safe.
+
+    Parameters
+    ----------
+    bracket : bool
+        An invalidation is over when the callbacks have returned, as IOPROC's is, not when the entries have gone.
+    retry : bool
+        The driver establishes without asking whether an invalidation came since it read the page table.
+    """
+    mm.mm.no_brackets = bracket
+    context.context.careless = retry

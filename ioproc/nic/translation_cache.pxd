@@ -6,7 +6,7 @@
 from libc.stdint cimport uint8_t as u8, uint32_t as u32, uint64_t as u64
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memset
-from ioproc.hooks.chain cimport likely
+from ioproc.hooks.chain cimport likely, unlikely
 
 cdef extern from * nogil:
     """
@@ -75,6 +75,7 @@ cdef struct Cache:
     u64 sets
     u64 mask                    # sets - 1, if a power of two
     u64 ways
+    u64 last                    # the shift of the last digit of a narrow set's order
     u64 used                    # entries
     u64 random
     int policy
@@ -97,26 +98,23 @@ cdef inline u64 key_set(const Cache *cache, u64 key) noexcept nogil:
 
 # ---- order of a narrow set
 
-cdef inline u64 order_position(u64 order, u64 way) noexcept nogil:
-    """The shift of the way's digit: digits below the lowest that is zero do not borrow."""
+cdef inline u64 order_until(u64 order, u64 way) noexcept nogil:
+    """All bits through the way's digit: the lowest that is zero after the exclusive or; below it nothing borrows."""
     cdef u64 digits = order ^ way * EVERY_DIGIT
-    return lowest((digits - EVERY_DIGIT) & ~digits & EVERY_DIGIT << 3) & ~3ULL
+    cdef u64 zeros = (digits - EVERY_DIGIT) & ~digits & EVERY_DIGIT << 3
+    return zeros ^ zeros - 1
 
 
 cdef inline u64 order_first(u64 order, u64 way) noexcept nogil:
-    """The order with `way` in front."""
-    cdef u64 shift = order_position(order, way)
-    cdef u64 before = (1ULL << shift) - 1
-    return order & ~(before << 4 | 15) | (order & before) << 4 | way
+    """The order with `way` in front: the digits before its own go up by one."""
+    return order ^ (order ^ (order << 4 | way)) & order_until(order, way)
 
 
-cdef inline u64 order_last(u64 order, u64 way, u64 ways) noexcept nogil:
-    """The order with `way` behind the others of `ways`."""
-    cdef u64 shift = order_position(order, way)
-    cdef u64 last = 4 * (ways - 1)
-    cdef u64 before = (1ULL << shift) - 1
-    cdef u64 until = (1ULL << last) - 1
-    return order & (before | ~(until << 4 | 15)) | order >> 4 & until & ~before | way << last
+cdef inline u64 order_last(u64 order, u64 way, u64 last) noexcept nogil:
+    """The order with `way` at the end, where `last` is the shift: the digits after its own go down by one."""
+    cdef u64 from_its_own = ~(order_until(order, way) >> 4)
+    cdef u64 until_last = (16ULL << last) - 1
+    return order ^ (order ^ ((order & until_last) >> 4 | way << last)) & from_its_own & until_last
 
 
 # ---- ring and hash table of wide sets
@@ -186,18 +184,12 @@ cdef inline void cache_first(Cache *cache, u64 set, u64 entry) noexcept nogil:
 
 cdef inline void cache_last(Cache *cache, u64 set, u64 entry) noexcept nogil:
     """The entry is the oldest of its set."""
-    if cache.narrow != NULL:
-        cache.narrow[set].order = order_last(cache.narrow[set].order, entry - set * cache.ways, cache.ways)
+    if likely(cache.narrow != NULL):
+        cache.narrow[set].order = order_last(cache.narrow[set].order, entry - set * cache.ways, cache.last)
     elif cache.newest[set] == entry:
         cache.newest[set] = cache.ring[entry].older
     else:
         ring_join(cache, set, entry)
-
-
-cdef inline u64 cache_oldest(const Cache *cache, u64 set) noexcept nogil:
-    if likely(cache.narrow != NULL):
-        return set * cache.ways + (cache.narrow[set].order >> 4 * (cache.ways - 1) & 15)
-    return cache.ring[cache.newest[set]].newer
 
 
 cdef inline u64 cache_random(Cache *cache) noexcept nogil:
@@ -210,23 +202,69 @@ cdef inline u64 cache_random(Cache *cache) noexcept nogil:
     return (x * RANDOM_MULTIPLIER >> 32) * cache.ways >> 32
 
 
-cdef inline u64 cache_insert(Cache *cache, u64 set, u64 key, u64 value) noexcept nogil:
-    """Insert a key that is not there.  The key that had to go, or 0."""
-    cdef u64 entry = cache_oldest(cache, set)
+cdef inline u64 narrow_insert(Cache *cache, u64 set, u64 key, u64 value) noexcept nogil:
+    cdef NarrowSet *ways = &cache.narrow[set]
+    cdef CacheEntry *entries = &cache.entries[set * cache.ways]
+    cdef u64 way = ways.order >> cache.last & 15
+    cdef u64 evicted
+    if unlikely(cache.policy == CACHE_RANDOM) and entries[way].key:
+        way = cache_random(cache)
+    evicted = entries[way].key
+    entries[way].key = key
+    entries[way].value = value
+    ways.tags[way] = key_tag(key)
+    ways.order = order_first(ways.order, way)
+    return evicted
+
+
+cdef inline u64 narrow_access(Cache *cache, u64 set, u64 key, u64 *evicted) noexcept nogil:
+    """
+    1: a hit; 0: a miss, and the key is put in, with the value 0.  CACHE_LRU.  It does not branch on which it was: over a
+    stream that is what costs most, because nothing can predict it.
+    """
+    cdef NarrowSet *ways = &cache.narrow[set]
+    cdef CacheEntry *entries = &cache.entries[set * cache.ways]
+    cdef u64 oldest = 1ULL << 16 + (ways.order >> cache.last & 15)
+    cdef u64 candidates = equal_bytes(ways.tags, key_tag(key))
+    cdef u64 way = lowest(candidates | oldest) & 15
+    cdef u64 hit = entries[way].key == key
+    while unlikely(candidates & hit - 1):           # it was another with the same tag
+        candidates &= candidates - 1
+        way = lowest(candidates | oldest) & 15
+        hit = entries[way].key == key
+    cache.used += entries[way].key == 0
+    evicted[0] = entries[way].key & hit - 1
+    entries[way].key = key
+    entries[way].value &= 0 - hit
+    ways.tags[way] = key_tag(key)
+    ways.order = order_first(ways.order, way)
+    return hit
+
+
+cdef inline u64 wide_insert(Cache *cache, u64 set, u64 key, u64 value) noexcept nogil:
+    cdef u64 entry = cache.ring[cache.newest[set]].newer
     cdef u64 evicted = cache.entries[entry].key
-    if cache.policy == CACHE_RANDOM and evicted:
+    if unlikely(cache.policy == CACHE_RANDOM) and evicted:
         entry = set * cache.ways + cache_random(cache)
         evicted = cache.entries[entry].key
-    cache.entries[entry].key = key
-    cache.entries[entry].value = value
-    cache.used += evicted == 0
-    cache_first(cache, set, entry)
-    if likely(cache.narrow != NULL):
-        cache.narrow[set].tags[entry - set * cache.ways] = key_tag(key)
-        return evicted
     if evicted:
         bucket_remove(cache, evicted, entry)
+    cache.entries[entry].key = key
+    cache.entries[entry].value = value
     bucket_add(cache, key, entry)
+    cache_first(cache, set, entry)
+    return evicted
+
+
+cdef inline u64 cache_insert(Cache *cache, u64 set, u64 key, u64 value) noexcept nogil:
+    """Insert a key that is not there.  The key that had to go, or 0."""
+    cdef u64 evicted
+    if likely(cache.narrow != NULL):
+        evicted = narrow_insert(cache, set, key, value)
+    else:
+        evicted = wide_insert(cache, set, key, value)
+    if unlikely(not evicted):
+        cache.used += 1
     return evicted
 
 
@@ -306,8 +344,10 @@ cdef inline Cache *cache_new(u64 entries, u64 ways, int policy, u64 seed) noexce
     cache.masked = not cache.sets & cache.mask
     cache.policy = policy
     cache.random = key_hash(seed + 1) | 1           # not 0
-    cache.entries = <CacheEntry *> malloc(entries * sizeof(CacheEntry))
+    # free ones at the end: a set with fewer ways than tags also looks at those behind it
+    cache.entries = <CacheEntry *> calloc(entries + NARROW_WAYS, sizeof(CacheEntry))
     if cache.ways <= NARROW_WAYS:
+        cache.last = 4 * (cache.ways - 1)
         cache.narrow = <NarrowSet *> calloc(cache.sets, sizeof(NarrowSet))
     else:
         cache.bucket_shift = 63

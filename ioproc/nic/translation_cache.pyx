@@ -103,19 +103,26 @@ cdef class TranslationCache:
             `pages` has something else; then none of them was looked up.
         """
         cdef const u64[::1] array = page_array(pages)
+        cdef Cache *cache = self.cache
         cdef u64 n = array.shape[0]
         cdef u64 hits = 0
         cdef u64 evictions = 0
-        cdef u64 i, key, value
+        cdef u64 i, key, value, evicted
         check_pages(array)
         with nogil:
             pthread_mutex_lock(&self.lock)
-            for i in range(n):
-                key = CONTEXT_ONE | array[i]
-                if cache_get(self.cache, key, &value):
-                    hits += 1
-                elif cache_put(self.cache, key, 0):
-                    evictions += 1
+            if cache.narrow != NULL and cache.policy == CACHE_LRU:
+                for i in range(n):
+                    key = CONTEXT_ONE | array[i]
+                    hits += narrow_access(cache, key_set(cache, key), key, &evicted)
+                    evictions += evicted != 0
+            else:
+                for i in range(n):
+                    key = CONTEXT_ONE | array[i]
+                    if cache_get(cache, key, &value):
+                        hits += 1
+                    elif cache_put(cache, key, 0):
+                        evictions += 1
             self.hits += hits
             self.misses += n - hits
             self.evictions += evictions
@@ -168,3 +175,101 @@ cdef class TranslationCache:
             hits, misses, evictions, used = self.hits, self.misses, self.evictions, self.cache.used
             pthread_mutex_unlock(&self.lock)
         return {"hits": hits, "misses": misses, "evictions": evictions, "entries": used}
+
+
+def hit_curve(pages):
+    """
+    Hits of LRU caches of every size, fully associative, over the same stream of pages.
+
+    Parameters
+    ----------
+    pages : array_like of int
+        Page numbers below 2**39.
+
+    Returns
+    -------
+    numpy.ndarray of int64
+        At index n the hits of ``TranslationCache(n).access(pages)``: from none at 0 to all there can be when every distinct
+        page has its entry, at the last index.
+
+    Raises
+    ------
+    ValueError, TypeError
+        `pages` has something else.
+
+    Notes
+    -----
+    A page hits if the cache has room for all that were used since its last use, and for itself: its stack distance (Mattson
+    et al., 1970).  One pass finds them all, in n log n time and in memory for the distinct pages and the stream's copy.
+    """
+    cdef const u64[::1] array = page_array(pages)
+    check_pages(array)
+    numbers, inverse = np.unique(array, return_inverse=True)
+    cdef Py_ssize_t distinct = len(numbers)
+    cdef const i64[::1] ids = np.ascontiguousarray(inverse, np.int64)
+    # Each use takes the next time; when times run out the pages' last uses are renumbered from 1 in their order.
+    cdef Py_ssize_t times = 2 * distinct + 1024
+    cdef i64[::1] last = np.zeros(distinct, np.int64)           # use, by page; 0: none yet
+    cdef i64[::1] used = np.zeros(times + 1, np.int64)          # page, by time
+    # A binary indexed tree counts the times that are some page's last use.  It begins with all of them, also those to come.
+    cdef i64[::1] tree = np.empty(times + 1, np.int64)
+    cdef i64[::1] curve = np.zeros(distinct + 1, np.int64)      # first: uses at each stack distance
+    cdef i64 now = times
+    cdef i64 seen = 0
+    cdef i64 i, time, page, deeper
+    cdef Py_ssize_t n
+    with nogil:
+        for n in range(ids.shape[0]):
+            if now == times:
+                now = 0
+                for i in range(1, times + 1):
+                    tree[i] = i & -i
+                    page = used[i]
+                    if last[page] == i:
+                        now += 1
+                        last[page] = now
+                        used[now] = page
+            now += 1
+            page = ids[n]
+            time = last[page]
+            if time:
+                deeper = 0                                      # pages not used since, and this one
+                i = time
+                while i:
+                    deeper += tree[i]
+                    i &= i - 1
+                curve[seen - deeper + 1] += 1
+                i = time
+                while i <= times:
+                    tree[i] -= 1
+                    i += i & -i
+            else:
+                seen += 1
+            last[page] = now
+            used[now] = page
+    return np.cumsum(curve)
+
+
+def run_cache(operations, entries, ways=None, policy="lru", seed=0):
+    """
+    For tests, the C interface: the answers to ``("get", key)`` (the value or None), ``("put", key, value)`` (the key evicted
+    or 0), ``("drop", key)`` (was it there) and ``("clear",)`` (None), and the entries in use after each.
+    """
+    cdef Cache *cache = cache_make(entries, ways, policy, seed)
+    cdef u64 value = 0
+    cdef list answers = []
+    try:
+        for what, *arguments in operations:
+            answer = None
+            if what == "get":
+                answer = value if cache_get(cache, arguments[0], &value) else None
+            elif what == "put":
+                answer = cache_put(cache, arguments[0], arguments[1])
+            elif what == "drop":
+                answer = bool(cache_drop(cache, arguments[0]))
+            else:
+                cache_clear(cache)
+            answers.append((answer, cache.used))
+        return answers
+    finally:
+        cache_free(cache)

@@ -4,15 +4,18 @@
 # the interval notifiers, which hear of what invalidates or restricts, in a bracket that the end of the operation closes.
 from libc.stdint cimport uint32_t as u32, uint64_t as u64
 from ioproc.hooks.chain cimport INVALIDATE_PAGE, INVALIDATE_RANGE, ioproc_vma, walk_page, walk_protection, walk_range
-from ioproc.hooks.interval cimport intervals_start
+from ioproc.hooks.interval cimport intervals_end, intervals_start
 from ioproc.vm.mm cimport HOOKED, MM, PAGE_SIZE, VM_HUGETLB, VMArea
 
 
 cdef inline void bracket(MM *mm, u64 start, u64 end) noexcept nogil:
     """range_start, if this address space has interval notifiers."""
     if mm.intervals != NULL:
-        mm.brackets += 1
         intervals_start(mm.intervals, start, end)
+        if mm.no_brackets:
+            intervals_end(mm.intervals, 1)
+        else:
+            mm.brackets += 1
 
 
 cdef inline void fire_page_slow(MM *mm, int kind, VMArea *vma, u64 addr) noexcept nogil:

@@ -272,6 +272,7 @@ cdef struct MM:
     bint paused                 # let go of: others wait, but for a driver that only looks
     Intervals *intervals        # interval notifiers; NULL: never one
     u64 brackets                # range_starts of the operation that is going on
+    bint no_brackets            # for tests: each ends at once
     Precopy *precopy
     void *face                  # the Python object of the first, borrowed; under the GIL
 

@@ -8,7 +8,7 @@ from ioproc.vm.mm cimport (
     MM, OWNER_ANON, OWNER_DIRTY, PAGE_SHIFT, PAGE_SIZE, PTE_DIRTY, PTE_EXCLUSIVE, PTE_PRESENT, PTE_SWAP, PTE_UNCOUNTED, PTE_USER,
     PTE_WRITE, PTE_YOUNG, VM_ACCESS, VM_SHARED, VM_WRITE, Frame, Memory, Table, VMArea, atomic_load, atomic_store,
     mm_lock_to_look, mm_unlock_looked)
-from ioproc.vm.page_table cimport leaf_drop, leaf_find, leaf_make, leaf_next, pte_set, table_index
+from ioproc.vm.page_table cimport TABLES_STAY, leaf_drop, leaf_find, leaf_make, leaf_next, pte_set, table_index
 from ioproc.vm.swap cimport swap_entry_dropped
 
 
@@ -56,7 +56,7 @@ cdef inline void zap_in_batches(MM *mm, u64 start, u64 end, FrameBatch *batch) n
     cdef u64 stop
     while mm.teardown_batch and end - start > mm.teardown_batch << PAGE_SHIFT:
         stop = start + (mm.teardown_batch << PAGE_SHIFT)
-        if mm.huge != NULL:
+        if mm.huge != NULL and mm.huge.used & ~TABLES_STAY:
             stop = huge_align(stop)         # no huge page is taken away in parts
         if stop >= end:
             break
