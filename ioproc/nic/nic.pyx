@@ -540,6 +540,7 @@ cdef class Context:
         cdef u64 source_addr = here if out else there
         cdef u64 target_addr = there if out else here
         cdef u64 moved = 0
+        cdef bint sending = True
         cdef u64 part, read, written
         cdef Context failed = None
         cdef int why = DONE
@@ -557,18 +558,19 @@ cdef class Context:
                 why = context_transfer(source, source_addr + moved, part, False, packet, &read)
             if why:
                 failed = self if out else remote
+                sending = True
             if read:                        # what could be read goes on
                 with nogil:
                     part = context_transfer(target, target_addr + moved, read, True, packet, &written)
                 if part:
                     why = part
                     failed = remote if out else self
+                    sending = False
             moved += written
         free(packet)
         raise_pending()
         if failed is not None:
-            failed.fail(why, (source_addr if failed.context == source else target_addr) + moved, count - moved,
-                        failed.context == target, moved)
+            failed.fail(why, (source_addr if sending else target_addr) + moved, count - moved, not sending, moved)
         return 0
 
     def access(self, addr, length, write=False):
