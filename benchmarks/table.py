@@ -12,7 +12,9 @@ import platform
 import sys
 from pathlib import Path
 
+import designs
 import paired
+import registration
 import threads
 import workloads
 
@@ -153,6 +155,8 @@ def main() -> int:
     pressure(**turns)
     others(**turns)
     replays(**turns)
+    designs.rows(row, **turns)
+    registration.rows(row, **turns)
     memory()
     scale(1_000_000 if arguments.quick else 100_000_000, **({"rounds": 2, "launches": 1} if arguments.quick else {}))
 

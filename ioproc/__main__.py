@@ -1,11 +1,12 @@
-"""``python -m ioproc``: record, import, look at and replay memory histories.
+"""``python -m ioproc``: record, import, look at and replay memory histories, and compare designs on them.
 
-Data goes to the standard output, everything else to the standard error.  Exit status: 0 fine, 2 wrong
-usage, 3 unreadable input.
+Data goes to the standard output, everything else to the standard error.  Exit status: 0 fine, 1 a design was unsafe that
+was not to be, 2 wrong usage, 3 unreadable input.
 """
 from __future__ import annotations
 
 import argparse
+import csv
 import dataclasses
 import json
 import math
@@ -16,13 +17,15 @@ from pathlib import Path
 
 import numpy as np
 
-from . import __version__
+from . import __version__, bench, histories, workload
+from .compare import compare, pictures
+from .text import plain
 from .trace import PLACEMENTS, Trace, TraceError, annotate, choose, import_recording, recognise, record, replay
 from .trace.format import Op
 from .trace.record import RecordError, usable
 from .trace.source import output_path
 
-USAGE, UNREADABLE = 2, 3
+UNSAFE, USAGE, UNREADABLE = 1, 2, 3
 OUTPUT = "history to write: compressed if it ends in .xz, .gz or .zst, else a plain file"
 SHOWN = 10          # of the events that differ
 FAULTS = {"read": "reads", "write": "writes", "unknown": "of unknown access", "kernel": "of them by the kernel"}
@@ -48,9 +51,9 @@ def main(arguments=None):
         _drop_output()
         return 0
     except OSError as error:
-        if error.filename is None and options.command in ("info", "replay"):
+        if error.filename is None and options.command in ("info", "replay", "compare"):
             _drop_output()
-        name = error.filename or ("standard output" if options.command in ("info", "replay") else options.command)
+        name = error.filename or ("standard output" if options.command in ("info", "replay", "compare") else options.command)
         return _fail(f"{name}: {error.strerror or error}", USAGE)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
@@ -124,6 +127,25 @@ def _parser():
     command.add_argument("--seed", type=_count, metavar="N", help="of the choice (default 0)")
     command.add_argument("--json", action="store_true", help="machine-readable")
     command.set_defaults(run=_replay)
+
+    command = commands.add_parser(
+        "compare", help="replay a history once for every design of a NIC",
+        description="Replay a history once for every design of a NIC: what it costs, and whether it is safe.")
+    command.add_argument("history", metavar="HISTORY",
+                         help=f"a file; one that comes with ioproc ({', '.join(histories.names())}); or a workload, NAME or "
+                              f"NAME:KEY=VALUE,... of {', '.join(workload.WORKLOADS)}")
+    command.add_argument("--share", type=_share, metavar="S",
+                         help="of the writable anonymous memory communicates, in buffers, where the history has no messages "
+                              f"(default {bench.TALKING})")
+    command.add_argument("--messages", type=_count, metavar="N", help=f"of each buffer then (default {bench.MESSAGES})")
+    command.add_argument("--seed", type=_count, metavar="N", help="of that choice (default 0)")
+    bench.design_options(command)
+    command.add_argument("--turns", type=_count, default=1, metavar="N", help="replays, of which the median is told (default 1)")
+    command.add_argument("--safe", action="store_true", help="exit with status 1 if a design is not")
+    form = command.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="machine-readable")
+    form.add_argument("--csv", action="store_true", help="the rows as CSV")
+    command.set_defaults(run=_compare)
     return parser
 
 
@@ -313,6 +335,43 @@ def _replay(options):
     print(f"{'milliseconds':20} {1e3 * result.seconds:10.1f}")
     print(f"{'ns per event':20} {result.ns_per_event:10.0f}")
     return 0
+
+
+def _compare(options):
+    try:
+        designs = bench.design_arguments(options)
+        trace = _history(options)
+        compared = compare(trace, *designs, turns=options.turns)
+    except (ValueError, ImportError) as error:
+        raise RecordError(str(error)) from None
+    if options.plot:
+        pictures(compared, options.plot)
+    if options.json:
+        print(json.dumps(plain(bench.design_json({options.history: compared}))))
+    elif options.csv:
+        rows = [plain(row.figures()) for row in compared]
+        writer = csv.DictWriter(sys.stdout, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    else:
+        print(compared)
+    return UNSAFE if options.safe and not all(row.safe for row in compared) else 0
+
+
+def _history(options):
+    """With messages: a file's, a shipped one's or a workload's own, or drawn."""
+    name = options.history
+    if not os.path.exists(name) and name.partition(":")[0] in workload.WORKLOADS:
+        trace = workload.make(name)
+    else:
+        trace = histories.load(name) if not os.path.exists(name) and name in histories.names() else Trace.load(name)
+    drawn = {"share": options.share, "messages": options.messages, "seed": options.seed}
+    drawn = {key: value for key, value in drawn.items() if value is not None}
+    if not bench.talks(trace):
+        return workload.communicate(trace, **{"share": bench.TALKING, "messages": bench.MESSAGES} | drawn)
+    if drawn:
+        raise RecordError(f"--{next(iter(drawn))}: {name} has messages of its own")
+    return trace
 
 
 def _print_differences(trace, result):

@@ -1,8 +1,8 @@
-"""python -m ioproc.bench: what would each hook placement have cost real programs?
+"""python -m ioproc.bench: what would each hook placement, and each design of a NIC, have cost real programs?
 
 Replays recorded histories with nothing registered, with a device on the whole address space and with it on the VMAs of the
 communicating memory only, measures what a callback and a registration cost, and answers the question of 2005: one chain
-of hooks for the address space, or one per VMA?
+of hooks for the address space, or one per VMA?  Then it replays them once for each design, with messages.
 """
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ import os
 import sys
 import textwrap
 import time
-from importlib import resources
 from mmap import PROT_READ
 from pathlib import Path
 
-import numpy as np
-
-from . import AddressSpace, CountingOps, Ops, PhysicalMemory
-from .trace import Trace, TraceError, choose, replay
+from . import AddressSpace, CountingOps, Ops, PhysicalMemory, workload
+from . import histories as shipped
+from .compare import checked, compare, pictures
+from .text import counted, duration, percent, plain, printable, progress, settings, table
+from .trace import Op, Trace, TraceError, choose, replay
 from .trace.communication import mappings
 
 SHARES = (0.01, 0.10, 0.50, 1.00)
+TALKING, MESSAGES = 0.10, 4     # of the designs' table: the share that communicates, in buffers; messages of each
 KINDS = ("mappings", "buffers")
 PAGE = 4096
 
@@ -37,21 +38,30 @@ COLUMNS = (
 )
 
 
-def histories(paths):
-    """Yield (name, Trace): the given files, or the recorded histories that come with the package."""
-    if paths:
-        names = [Path(path).name.split(".")[0] for path in paths]
-        for i, (name, path) in enumerate(zip(names, paths, strict=True)):
-            before = paths[:i].count(path)
-            if not name or names.count(name) > 1:
-                name = f"{path} ({before + 1})" if before else path
-            yield name, Trace.load(path)
+def histories(paths, workloads=()):
+    """Yield (name, Trace): the given files and workloads, or the recorded histories that come with the package."""
+    if not paths and not workloads:
+        for name in shipped.names():
+            yield name, shipped.load(name)
         return
-    shipped = sorted((entry for entry in resources.files("ioproc.histories").iterdir() if ".ioproc" in entry.name),
-                     key=lambda entry: entry.name)
-    for entry in shipped:
-        with resources.as_file(entry) as path:
-            yield entry.name.split(".")[0], Trace.load(path)
+    asked = [*((path, Path(path).name.split(".")[0], Trace.load) for path in paths),
+             *((text, text, workload.make) for text in workloads)]
+    names = [name for _, name, _ in asked]
+    for i, (text, name, load) in enumerate(asked):
+        before = sum(one == text for one, *_ in asked[:i])
+        if not name or names.count(name) > 1:
+            name = f"{text} ({before + 1})" if before else text
+        yield name, load(text)
+
+
+def talks(trace):
+    """Has it messages of its own?"""
+    return any((block["op"] == Op.COMM).any() for block in trace.blocks())
+
+
+def talking(trace, seed):
+    """With messages: its own, or drawn."""
+    return trace if talks(trace) else workload.communicate(trace, TALKING, "buffers", seed, MESSAGES)
 
 
 def row(name, label, kind, share, achieved, results, vmas_none, median=0, seeds=None):
@@ -72,7 +82,7 @@ def row(name, label, kind, share, achieved, results, vmas_none, median=0, seeds=
     }
 
 
-def compare(name, trace, shares, kinds, seed, seeds, progress):
+def placements(name, trace, shares, kinds, seed, seeds):
     """All rows of one history: without a device, then a pair (whole address space, per VMA) for each choice of memory."""
     nothing = [replay(trace) for _ in range(seeds)]
     vmas = nothing[0].vmas_peak
@@ -189,24 +199,6 @@ def break_even(mm, vma, register_ns):
     return "per VMA costs less " + (f"as soon as a call costs more than {duration(ns)}" if ns else "at any cost of a call")
 
 
-def percent(value):
-    """Two digits, or whole percents, and never 1e-05."""
-    return (np.format_float_positional(value, 2, fractional=False, trim="-") if value < 9.95 else f"{value:.0f}") + "%"
-
-
-def duration(ns):
-    """For people."""
-    for unit, size in (("s", 1e9), ("ms", 1e6), ("us", 1e3)):
-        if ns >= size:
-            return f"{ns / size:.3g} {unit}"
-    return f"{ns:.3g} ns"
-
-
-def counted(number, what, none="0"):
-    """1 call, 2 calls."""
-    return f"{number:,} {what}{'s' * (number != 1)}" if number > 0 else f"{none} {what}s"
-
-
 def answer(name, trace, rows, call_ns, register_ns):
     """The mailing list's question, for one history."""
     wall = float(trace.metadata.get("untraced_s") or 0) * 1e9
@@ -258,15 +250,30 @@ def spread(line):
     return f"{line['calls_min']:,}..{line['calls_max']:,}"
 
 
-def print_table(rows, out):
+def print_table(rows):
     lines = [line | {"spread": spread(line)} for line in rows]
-    cells = [[title for _, title in COLUMNS]] + [[text_cell(key, line[key]) for key, _ in COLUMNS] for line in lines]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS))]
-    for number, line in enumerate(cells):
-        print("  ".join(cell.ljust(width) if i < 2 else cell.rjust(width)
-                        for i, (cell, width) in enumerate(zip(line, widths, strict=True))).rstrip(), file=out)
-        if number == 0:
-            print("-" * (sum(widths) + 2 * (len(widths) - 1)), file=out)
+    print(table([[title for _, title in COLUMNS]] + [[text_cell(key, line[key]) for key, _ in COLUMNS] for line in lines], 2))
+
+
+def design_options(made):
+    """What says which designs are compared; ``python -m ioproc compare`` has the same."""
+    made.add_argument("--designs", metavar="NAME,...",
+                      help="of ioproc.DESIGNS, with /FORK or :ARGUMENT=VALUE, as vma+fault/inherit:prefault=16 (default all)")
+    made.add_argument("--nic", default="", metavar="KEY=VALUE,...", help="of ioproc.Nic, as entries=64,ways=None")
+    made.add_argument("--cost", default="modern", metavar="PRESET",
+                      help="what the counts cost, as ioproc.Cost.of takes it (default modern)")
+    made.add_argument("--plot", metavar="FILE", help="draw them, as PNG or SVG: FILE, FILE-hits and FILE-share; of several "
+                                                     "histories, each with its name")
+
+
+def design_arguments(options):
+    """(designs, nic, cost) for `compare`; ValueError, OSError or ImportError if one of the options is wrong."""
+    if options.plot:
+        from . import plot
+
+        plot.check(options.plot)
+    chosen, nic, cost = checked(options.designs and options.designs.split(","), settings(options.nic), options.cost)
+    return [{"name": name} | attach for name, attach in chosen], nic, cost
 
 
 def parser():
@@ -274,10 +281,13 @@ def parser():
                                    epilog="Data on stdout, progress on stderr.  Exit status: 0; 2 usage; 3 unreadable input.")
     made.add_argument("--quick", action="store_true", help="one share and one kind, fewer seeds: about a second")
     made.add_argument("--trace", action="append", metavar="FILE", help="a history instead of the shipped ones; may repeat")
+    made.add_argument("--workload", action="append", metavar="NAME[:KEY=VALUE,...]",
+                      help=f"a history made by ioproc.workload instead, of {', '.join(workload.WORKLOADS)}; may repeat")
     made.add_argument("--seed", default="0", help="the first, of the choice of communicating memory (default 0)")
     made.add_argument("--seeds", metavar="N", help="how many; the median is told (default 10, with --quick 3)")
     made.add_argument("--call-ns", type=float, metavar="NS",
                       help="cost of one callback for the answers (default: of a native one that does nothing, measured)")
+    design_options(made)
     form = made.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="everything as one JSON object")
     form.add_argument("--csv", action="store_true", help="the rows as CSV")
@@ -301,16 +311,12 @@ def main(arguments=None):
     options.seed = whole_number("--seed", options.seed, 0)
     options.seeds = whole_number("--seeds", options.seeds or ("3" if options.quick else "10"), 1)
 
-    def progress(message):
-        if sys.stderr.isatty():
-            print(f"\r\x1b[K{message}", end="", file=sys.stderr, flush=True)
-
     try:
-        results = run(options, progress)
-    except TraceError as error:
+        results = run(options, *usable(options))
+    except (TraceError, MemoryError) as error:      # more pages than PhysicalMemory can have, or than this machine has room for
         return fail(error, 3)
-    except MemoryError as error:        # more pages than PhysicalMemory can have, or than this machine has room for
-        return fail(error, 3)
+    except OSError as error:
+        return fail(f"{error.filename or options.plot}: {error.strerror}", 2)
     except KeyboardInterrupt:
         return fail("interrupted", 130)
     try:
@@ -331,42 +337,48 @@ def fail(message, status):
     return status
 
 
-def run(options, progress):
-    """All that is told: [(name, trace, its rows)], costs, answers."""
+def usable(options):
+    """[(name, trace)], and the arguments of `compare`; wrong ones end the program before the work."""
+    try:
+        return list(histories(options.trace or (), options.workload or ())), design_arguments(options)
+    except (ValueError, ImportError) as error:
+        parser().error(str(error))
+    except OSError as error:            # this machine's cost
+        parser().error(error.strerror)
+
+
+def run(options, loaded, designs):
+    """All that is told: [(name, trace, its rows)], costs, answers, a Comparison for each name."""
     shares, kinds = ((0.10,), ("buffers",)) if options.quick else (SHARES, KINDS)
-    loaded = list(histories(options.trace))
     progress("micro-figures")
     costs = micro(options.quick)
     if options.call_ns is not None:
         costs["call_ns"] = options.call_ns
-    told = [(name, trace, compare(name, trace, shares, kinds, options.seed, options.seeds, progress)) for name, trace in loaded]
+    told = [(name, trace, placements(name, trace, shares, kinds, options.seed, options.seeds)) for name, trace in loaded]
     answers = [answer(*one, costs["call_ns"], costs["register_ns"]) for one in told]
+    compared = {name: compare(talking(trace, options.seed), *designs) for name, trace in loaded}
+    if options.plot:
+        draw(compared, options.plot)
     progress("")
-    return told, costs, answers
+    return told, costs, answers, compared
 
 
-def plain(value):
-    """What JSON and CSV can say: there is no NaN."""
-    if isinstance(value, dict):
-        return {key: plain(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [plain(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def draw(compared, path):
+    """The pictures of each comparison; one alone needs no name."""
+    path = Path(path)
+    for name, comparison in compared.items():
+        progress(f"{name}: pictures")
+        pictures(comparison, path if len(compared) == 1 else path.with_stem(f"{path.stem}-{name.replace(os.sep, '_')}"))
 
 
-def printable(text):
-    """A history may come from anywhere: nothing in it may steer a terminal."""
-    return "".join(character if character.isprintable() else "?" for character in str(text))
-
-
-def report(options, told, costs, answers):
+def report(options, told, costs, answers, compared):
     rows = [line for _, _, its_rows in told for line in its_rows]
     if options.json:
         figures = [{"what": what, "value": value, "unit": unit} for what, value, unit in costs["figures"]]
         described = {name: trace.metadata | {"files": len(trace.metadata["files"])} for name, trace, _ in told}
         print(json.dumps(plain({"histories": described, "rows": rows, "seed": options.seed, "seeds": options.seeds,
                                 "micro": figures, "call_ns": costs["call_ns"], "register_ns": costs["register_ns"],
-                                "answers": answers}), indent=1, default=float))
+                                "answers": answers, **design_json(compared)}), indent=1, default=float))
     elif options.csv:
         keys = [key for key in rows[0] if key not in ("useful", "inferred")]
         writer = csv.DictWriter(sys.stdout, keys, extrasaction="ignore", lineterminator="\n")
@@ -374,6 +386,31 @@ def report(options, told, costs, answers):
         writer.writerows(plain(rows))
     else:
         print_text(options, told, costs, answers)
+        print_designs(compared)
+
+
+def design_json(compared):
+    """What JSON has of comparisons: ``designs`` (rows), ``nic``, and ``cost``, every parameter with its source."""
+    one = next(iter(compared.values()))
+    rows = [{"history": name, "rank": rank if row.safe else None} | row.figures() | {"attach": row.attach, "failed": row.failed}
+            for name, comparison in compared.items() for rank, row in enumerate(comparison.ranked(), 1)]
+    parameters = [parameter._asdict() for parameter in one.cost.parameters()]
+    return {"designs": rows, "nic": one.nic, "cost": {"name": one.cost.name, "parameters": parameters}}
+
+
+DESIGNS_HEADER = """\
+Every design, replayed on the same history with messages (drawn, where the history tells of none: {} of the memory,
+in buffers, {} messages each). UNSAFE: the device used a frame or a permission that the page table no longer gave it.
+callbacks: of the device, of these useful; inval.: those that take something away; NIC faults: the driver was asked;
+hits: in the NIC's translation cache; regs: registrations; pinned peak: pages; errors: transfers that failed;
+VMAs: more than without a device. modelled: counts times --cost's parameters, nothing measured is in it; measured: this
+replay's processor time beyond that of one without a device. Cheapest modelled first."""
+
+
+def print_designs(compared):
+    print(DESIGNS_HEADER.format(percent(100 * TALKING), MESSAGES))
+    for name, comparison in compared.items():
+        print(f"\n{printable(name)}: {comparison}")
 
 
 HEADER = """\
@@ -401,7 +438,7 @@ def print_text(options, told, costs, answers):
               + (f", {wall:.1f} s untraced" if wall else "") + f"; {counted(its_rows[0]['vmas_none'], 'VMA')}\n"
               f"inferred: {inferred['events']:,} events, {inferred['access']:,} accesses, {inferred['file']:,} file identities, "
               f"{inferred['size']:,} sizes; {percent(100 * its_rows[0]['disagreement'])} of the events disagree\n")
-        print_table(its_rows, sys.stdout)
+        print_table(its_rows)
     print("\nWhat a hook costs here (measured; the least of several turns)\n")
     for what, value, unit in costs["figures"]:
         print(f"  {what:<34} {value:>10,.1f} {unit}")

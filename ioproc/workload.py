@@ -17,7 +17,6 @@ goes otherwise with a device is its own doing (a pre-copying fork leaves nothing
 """
 from __future__ import annotations
 
-import ast
 import bisect
 import inspect
 import math
@@ -29,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from .text import settings
 from .trace.communication import choose
 from .trace.format import EVENT, Access, Op, Trace
 
@@ -354,19 +354,14 @@ def make(text: str) -> Trace:
     ValueError
         No such workload or parameter, or a bad value; the message names it.
     """
-    name, _, settings = text.partition(":")
+    name, _, values = text.partition(":")
     if name not in WORKLOADS:
         raise ValueError(f"workload {name!r}: not one of {', '.join(WORKLOADS)}")
     known = inspect.signature(WORKLOADS[name]).parameters
-    given = {}
-    for setting in settings.split(",") if settings else []:
-        key, equals, value = setting.partition("=")
-        if key not in known or not equals:
-            raise ValueError(f"{setting!r}: {name} has the parameters {', '.join(known)}, each given as NAME=VALUE")
-        try:
-            given[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            given[key] = value
+    given = settings(values)
+    for key in given:
+        if key not in known:
+            raise ValueError(f"{key!r}: {name} has the parameters {', '.join(known)}")
     try:
         return WORKLOADS[name](**given)
     except TypeError as error:

@@ -284,6 +284,79 @@ def test_interrupted():
     assert b"Traceback" not in told
 
 
+# ---- the designs
+
+def test_each_history_and_design_has_its_row(shipped):
+    for name in ("hpcc", "nodejs", "redis"):
+        rows = [row for row in shipped["designs"] if row["history"] == name]
+        assert {row["design"] for row in rows} == set(ioproc.DESIGNS)
+        safe = [row for row in rows if row["safe"]]
+        assert rows[:len(safe)] == safe
+        assert [row["rank"] for row in rows] == [*range(1, len(safe) + 1)] + [None] * (len(rows) - len(safe))
+        assert [row["modelled_ns"] for row in safe] == sorted(row["modelled_ns"] for row in safe)
+        assert len({row["transfers"] for row in rows}) == 1
+        for row in rows:
+            assert row["safe"] or row["design"] in ("pin-cache", "mm+fault/posted")
+            assert row["disagreement"] < (0.003 if "pin" in row["design"] or "registered" in row["design"] else 0.0001)
+    assert shipped["nic"] == {}
+    assert shipped["cost"]["name"] == "modern"
+    assert all(parameter["source"] for parameter in shipped["cost"]["parameters"])
+
+
+def test_the_designs_are_those_of_compare():
+    told = report("--trace", REDIS, "--seed", 5, "--designs", "mm+fault,bounce", "--nic", "entries=8,ways=2", "--cost", "qsnet")
+    trace = ioproc.workload.communicate(Trace.load(REDIS), 0.1, "buffers", 5, 4)
+    compared = ioproc.compare(trace, ["mm+fault", "bounce"], {"entries": 8, "ways": 2}, "qsnet")
+    assert told["nic"] == {"entries": 8, "ways": 2}
+    for row, expected in zip(told["designs"], compared.ranked(), strict=True):
+        counts = {key: value for key, value in expected.figures().items() if key != "measured_ns"}
+        assert bench.plain(counts).items() <= row.items()
+
+
+def test_a_workload_in_place_of_a_history(small):
+    text = "static:arrays=2,messages=50"
+    told = report("--workload", text, "--workload", "ranks:n=2,messages=20", "--trace", small, "--designs", "pin")
+    assert list(told["histories"]) == ["small", text, "ranks:n=2,messages=20"]
+    assert told["histories"][text]["workload"]["arrays"] == 2
+    assert [(row["history"], row["transfers"]) for row in told["designs"]] == \
+        [("small", 1), (text, 50), ("ranks:n=2,messages=20", 20)]
+    assert [row["communicates"] for row in told["rows"][3:6]] == ["-", "as recorded", "as recorded"]
+
+
+def test_the_designs_as_a_table(small):
+    out = run_bench("--quick", "--trace", small).stdout
+    assert out.index("The answer, for a callback") < out.index("Every design, replayed")
+    assert "10% of the memory,\nin buffers, 4 messages each" in out
+    assert "\nsmall: " in out[out.index("Every design"):]
+    assert all(f" {name} " in out for name in ioproc.DESIGNS)
+    assert "\x1b" not in out
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--designs", "x"], "design 'x': not one of"), (["--designs", "pin,pin"], "'pin' is there twice"),
+    (["--nic", "entries"], "'entries': not NAME=VALUE"), (["--nic", "ways=3"], "ways = 3"), (["--cost", "x"], "no preset 'x'"),
+    (["--workload", "x"], "workload 'x': not one of static"), (["--workload", "static:seed=-1"], "seed = -1"),
+    (["--plot", "x.gif"], "must end in .png or .svg"),
+])
+def test_bad_designs(arguments, message, monkeypatch):
+    monkeypatch.setattr(bench, "micro", lambda quick: pytest.fail("measured before the check"))
+    run = run_bench(*arguments)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert message in run.stderr
+
+
+def test_pictures(small, tmp_path):
+    pytest.importorskip("matplotlib")
+    one = ["--designs", "pin,mm+fault", "--workload", "static:arrays=4,messages=9"]
+    assert run_bench("--quick", *one, "--plot", tmp_path / "a.svg").returncode == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"a.svg", "a-hits.svg", "a-share.svg"}
+    assert run_bench("--quick", *one, "--trace", small, "--plot", tmp_path / "b.svg").returncode == 0
+    assert {"b-small.svg", "b-small-share.svg", "b-static:arrays=4,messages=9.svg"} < {path.name for path in tmp_path.iterdir()}
+    run = run_bench("--quick", *one, "--plot", tmp_path / "none" / "a.svg")
+    assert (run.returncode, run.stdout) == (2, "")
+    assert "No such file" in run.stderr
+
+
 # ---- the sentences
 
 def rows_for(costs, kind="buffers"):

@@ -1,9 +1,13 @@
 """The registration cache: what is registered when, what leaves, what comes out of errors; against a model; with threads."""
 import contextlib
 import gc
+import os
 import random
+import subprocess
+import sys
 import threading
 import weakref
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -474,6 +478,54 @@ def test_nothing_grows():
         use()
     gc.collect()
     assert resident() - before < 2 << 20
+
+
+NO_MEMORY = r"""
+import ctypes, ioproc
+from ioproc import _core
+
+shim = ctypes.CDLL(None)
+core = [line.split("-") for line in open("/proc/self/maps") if line.rstrip().endswith(_core.__file__)]
+shim.failing_from(*(ctypes.c_void_p(int(end.split()[0], 16)) for end in (core[0][0], core[-1][1])))
+
+
+def use(n, on):
+    registered, held, refused = [], [], 0
+    def register(start, length, access):
+        registered.append(start)
+        return start
+    cache = ioproc.RegistrationCache(register, lambda start, length, handle: registered.remove(handle))
+    shim.failing_at(n, on)
+    for page in [*range(0, 160, 4), *range(2, 160, 4), 1]:
+        before = cache.stats["regions"], len(registered)
+        try:
+            held.append(cache.get(page << 12, 4096))
+        except MemoryError:
+            assert before == (cache.stats["regions"], len(registered))
+            refused += 1
+    shim.failing_at(0, 0)
+    assert len(cache.regions()) == cache.stats["regions"] == len(registered) - cache.stats["deferred"]
+    cache.close()
+    for region in held:
+        cache.put(region)
+    assert not registered and cache.stats["in_use"] == 0
+    return refused
+
+
+assert use(0, 0) == 0
+assert all(use(n, 0) == 1 for n in range(1, 80))
+assert all(use(n, 1) >= 1 for n in range(2, 80))
+"""
+
+
+@pytest.mark.skipif(any("san" in name for name in os.environ.get("LD_PRELOAD", "").split("/")), reason="replaces malloc")
+def test_each_allocation_fails_once(tmp_path):
+    shim = tmp_path / "failing_malloc.so"
+    source = Path(__file__).parent / "native/failing_malloc.c"
+    subprocess.run([os.environ.get("CC", "cc"), "-O1", "-shared", "-fPIC", "-o", shim, source], check=True)
+    run = subprocess.run([sys.executable, "-c", NO_MEMORY], env={**os.environ, "LD_PRELOAD": str(shim)},
+                         capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 # ---- threads

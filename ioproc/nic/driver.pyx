@@ -60,38 +60,32 @@ cdef u64 lookup_any(const MM *mm, u64 addr) noexcept nogil:
 
 # ---- callbacks.  Under the lock of the address space.
 
-cdef void told(NicContext *context, bint changed) noexcept nogil:
-    """A callback that invalidates or restricts.  Nic.lock is held."""
+cdef void context_told(NicContext *context, u64 start, u64 end, bint restrict) noexcept nogil:
+    """The device may use no page of the range any more; with `restrict`: write to none."""
+    cdef u64 changed
+    cdef u64 left = 0
+    if context.translation == PIN_CACHE_HOOKS:
+        left = regcache_invalidate(&context.registered, start, end)
+    pthread_mutex_lock(&context.nic.lock)
+    changed = context_restrict(context, start, end) if restrict else context_drop(context, start, end)
+    if restrict:
+        context.counts.downgraded += changed
+    else:
+        context.counts.invalidated += changed
     context.counts.callbacks += 1
     context.counts.invalidations += 1
-    context.counts.useful += changed
-    context.counts.shootdowns += changed
+    context.counts.useful += changed + left != 0
+    context.counts.shootdowns += changed + left != 0
+    wait_for_flights(context)
+    pthread_mutex_unlock(&context.nic.lock)
 
 
 cdef void context_invalidate(NicContext *context, u64 start, u64 end) noexcept nogil:
-    cdef u64 dropped
-    cdef u64 left = 0
-    if context.translation == PIN_CACHE_HOOKS:
-        left = regcache_invalidate(&context.registered, start, end)
-    pthread_mutex_lock(&context.nic.lock)
-    dropped = context_drop(context, start, end)
-    context.counts.invalidated += dropped
-    told(context, dropped + left != 0)
-    wait_for_flights(context)
-    pthread_mutex_unlock(&context.nic.lock)
+    context_told(context, start, end, False)
 
 
 cdef void context_writeprotect(NicContext *context, u64 start, u64 end) noexcept nogil:
-    cdef u64 restricted
-    cdef u64 left = 0
-    if context.translation == PIN_CACHE_HOOKS:
-        left = regcache_invalidate(&context.registered, start, end)
-    pthread_mutex_lock(&context.nic.lock)
-    restricted = context_restrict(context, start, end)
-    context.counts.downgraded += restricted
-    told(context, restricted + left != 0)
-    wait_for_flights(context)
-    pthread_mutex_unlock(&context.nic.lock)
+    context_told(context, start, end, True)
 
 
 cdef void nic_invalidate_range(void *arg, const ioproc_vma *vma, u64 start, u64 end) noexcept nogil:
