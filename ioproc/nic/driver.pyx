@@ -300,10 +300,9 @@ cdef int fault_with_chain(NicContext *context, const Transfer *transfer, u64 add
             load_counted(context, transfer, at, word_of(more, write), pte_is_huge(context, more), False)
             pthread_mutex_unlock(&context.nic.lock)
             at += PAGE_SIZE
-        pte = lookup_any(mm, addr)          # with frames short, the others may have taken its own
+        why = page_in(mm, addr, write, &pte, &vma)      # with frames short, the others may have taken its own
         pthread_mutex_lock(&context.nic.lock)
-        if pte_allows(pte, write) and not load_counted(context, transfer, addr, word_of(pte, write),
-                                                       pte_is_huge(context, pte), True):
+        if why == DONE and not load_counted(context, transfer, addr, word_of(pte, write), pte_is_huge(context, pte), True):
             why = NO_FRAME
         pthread_mutex_unlock(&context.nic.lock)
     thread_set_inside(NULL)
@@ -373,7 +372,8 @@ cdef int fault_with_interval(NicContext *context, const Transfer *transfer, u64 
     cdef VMArea *vma = NULL
     cdef u64 pte = 0
     cdef u64 words[PREFAULT_MOST]
-    cdef u64 seq, n, i
+    cdef u64 seq, n, i, end
+    cdef u64 collisions = 0
     cdef int why
     cdef bint huge
     while True:
@@ -383,6 +383,8 @@ cdef int fault_with_interval(NicContext *context, const Transfer *transfer, u64 
             why = NO_FRAME
         if why == DONE:
             interval = &context.attachments[attachment_above(context, addr)].interval
+            # with frames short, the pages of a batch may take each other's: in the end, one alone
+            end = interval.end if collisions < 2 else addr + PAGE_SIZE
         mm_unlock_looked(mm)
         if why:
             return why
@@ -410,7 +412,7 @@ cdef int fault_with_interval(NicContext *context, const Transfer *transfer, u64 
             while why == DONE:
                 words[n] = word_of(pte, write)
                 n += 1
-                if (n == PREFAULT_MOST or addr + (n << PAGE_SHIFT) >= prefault_end(context, vma, addr, interval.end)
+                if (n == PREFAULT_MOST or addr + (n << PAGE_SHIFT) >= prefault_end(context, vma, addr, end)
                         or page_in(mm, addr + (n << PAGE_SHIFT), write, &pte, &vma) or pte_is_huge(context, pte) != huge):
                     break
             thread_set_inside(NULL)
@@ -419,7 +421,9 @@ cdef int fault_with_interval(NicContext *context, const Transfer *transfer, u64 
             return why
         schedule_point(ESTABLISH)
         pthread_mutex_lock(&context.nic.lock)
-        if not interval_read_retry(mm.intervals, interval, seq) or context.careless:
+        if context.gone:
+            why = DETACHED
+        if why or not interval_read_retry(mm.intervals, interval, seq) or context.careless:
             i = n
             while i and why == DONE:
                 i -= 1
@@ -429,6 +433,7 @@ cdef int fault_with_interval(NicContext *context, const Transfer *transfer, u64 
             return why
         context.counts.retries += 1
         pthread_mutex_unlock(&context.nic.lock)
+        collisions += 1
 
 
 cdef int fault_in_region(NicContext *context, const Transfer *transfer, u64 addr) noexcept nogil:
@@ -484,8 +489,9 @@ cdef bint bounce_new(NicContext *context, u64 pages) noexcept nogil:
             atomic_store(&frame_at(mem, context.bounce[context.bounce_pages]).counts, ONE_REFERENCE)
             context.bounce_pages += 1
             done = load_bounce(context, TASK_SIZE + ((context.bounce_pages - 1) << PAGE_SHIFT))
-    context.counts.registrations += 1
-    context.counts.registered_pages += context.bounce_pages
+    if done:
+        context.counts.registrations += 1
+        context.counts.registered_pages += pages
     count_pinned(context, context.bounce_pages)
     pthread_mutex_unlock(&context.nic.lock)
     return done
@@ -760,13 +766,15 @@ cdef int inherit_attachments(NicContext *parent, NicContext *child) noexcept nog
     cdef const VMArea *like
     cdef bint done = True
     cdef u64 i = 0
+    cdef u64 start
     mm_lock(parent.mm)
     mm_lock(child.mm)
     while parent.placement == AT_VMA and vma != NULL and done:
         like = vma_at(parent.mm, vma.start)
         if like != NULL and chain_has(like.chain, &parent.ops):
-            done = vma_register(child.mm, &child.ops, vma.start, vma.end - vma.start) == 0
-            vma = vma_at(child.mm, vma.start)
+            start = vma.start               # it may be merged with the one before
+            done = vma_register(child.mm, &child.ops, start, vma.end - start) == 0
+            vma = vma_at(child.mm, start)
         vma = vma.next
     while parent.placement == AT_INTERVAL and i < parent.nattachments and done:
         done = attach_interval(child, parent.attachments[i].interval.start, parent.attachments[i].interval.end)

@@ -99,8 +99,10 @@ cdef NicCounts context_counts(const NicContext *context) noexcept nogil:
     """Nic.lock is held, or nobody else has the context."""
     cdef NicCounts counts = context.counts
     if context.has_registered:
+        pthread_mutex_lock(<pthread_mutex_t *> &context.registered.lock)
         counts.regcache_hits = context.registered.counts.hits
         counts.regcache_misses = context.registered.counts.misses
+        pthread_mutex_unlock(<pthread_mutex_t *> &context.registered.lock)
     return counts
 
 
@@ -422,6 +424,7 @@ cdef class Context:
             regcache_destroy(&context.registered)
         if context.mm != NULL:
             pthread_mutex_lock(&context.nic.lock)
+            context_drop(context, 0, ADDRESSES_END)     # of one that was never attached
             counts_add(<u64 *> &context.nic.gone, <const u64 *> &context.counts, sizeof(NicCounts) // 8)
             link = &context.nic.contexts
             while link[0] != context:
@@ -439,7 +442,9 @@ cdef class Context:
     cdef int leave_space(self) except -1:
         """The address space no longer owns it."""
         space = None if self.space is None else self.space()
-        self.nic.contexts.pop(<size_t> self.context.mm, None)
+        found = self.nic.contexts.get(<size_t> self.context.mm)
+        if found is not None and found() is self:       # not one attached since
+            del self.nic.contexts[<size_t> self.context.mm]
         if space is not None and (<AddressSpace> space).owners is not None:
             (<AddressSpace> space).owners.pop(<size_t> self.context, None)
         return 0
