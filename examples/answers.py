@@ -236,7 +236,8 @@ def fork(quick):
     trace = workload.checkpoint(**size)
     designs = ("mm+fault", "vma+fault", "mm+preload", "mm+preload-registered", "mm+pin-cache+hooks")
     tried = [(design, way) for design in designs for way in FORKS]
-    for design, way in [*tried, ("interval+fault", "revised"), ("pin", "-"), ("pin-cache", "-"), ("bounce", "-"), (None, "-")]:
+    for design, way in [*tried, ("interval+fault", "revised"), ("pin", "-"), ("pin-cache", "-"), ("pin-cache", "precopy"),
+                               ("bounce", "-"), (None, "-")]:
         done = run(trace, design, **({} if way == "-" else {"fork": way}))
         stats = done.stats or dict.fromkeys(ioproc.Nic().stats, 0)
         yield {"design": design or "no device", "fork": way, "calls": stats["callbacks"], "NIC faults": stats["faults"],
