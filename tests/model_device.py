@@ -79,9 +79,10 @@ class Followed(model.MM):
             context.end()
 
     def fork(self):
+        heirs = [(context, context.regions.ranges()) for context in self.devices(fork="inherit")]
         child = super().fork()
-        for context in self.devices(fork="inherit"):
-            context.nic.add(child, context.design).inherit(context)
+        for context, registrations in heirs:
+            context.nic.add(child, context.design).inherit(context, registrations)
         return child
 
 
@@ -89,7 +90,6 @@ class Region:
     def __init__(self, start, end, write):
         self.start, self.end, self.write = start, end, write
         self.refs, self.words = 0, None
-        self.stale = False              # invalidated while it was being registered
 
 
 class Regions:
@@ -97,7 +97,7 @@ class Regions:
 
     def __init__(self, context, most, most_bytes):
         self.context, self.most, self.most_bytes = context, most, most_bytes
-        self.list, self.pending = [], None
+        self.list = []
 
     def get(self, start, end, write):
         alone = False
@@ -108,20 +108,15 @@ class Regions:
                     return self.hold(region)
             asked = Region(start // PAGE * PAGE, align(end), write)
             merged = None if alone else self.merged(asked)
-            made = self.pending = merged or asked
+            made = merged or asked
             try:
                 self.context.register_region(made)
+                break
             except RemoteAccessError:
                 if not merged:
                     self.context.counts["regcache_misses"] += 1
                     raise
                 alone = True
-                continue
-            finally:
-                self.pending = None
-            if not made.stale:
-                break
-            self.context.deregister_region(made)
         self.context.counts["regcache_misses"] += 1
         taken_in = self.over(made.start, made.end)
         self.list = [region for region in self.list if region not in taken_in] + [self.hold(made)]
@@ -153,6 +148,9 @@ class Regions:
         elif not region.refs:
             self.context.deregister_region(region)
 
+    def ranges(self):
+        return sorted((region.start, region.end, region.write) for region in self.list)
+
     def over(self, start, end):
         return [region for region in self.list if region.start < end and start < region.end]
 
@@ -166,11 +164,6 @@ class Regions:
         for region in regions:
             if not region.refs:
                 self.context.deregister_region(region)
-
-    def invalidate(self, start, end):
-        self.leave(start, end)
-        if self.pending and self.pending.start < end and start < self.pending.end:
-            self.pending.stale = True
 
     def evict(self):
         while (self.most and len(self.list) > self.most
@@ -203,7 +196,7 @@ class Context:
         if self.placement == "mm":
             mm.register_ops(self.ops)
 
-    def inherit(self, parent):
+    def inherit(self, parent, registrations):
         """What takes part in the parent does in its child, and is registered there too if it can be."""
         for vma in list(self.mm.list) if self.placement == "vma" else ():
             like = parent.mm.find(vma.start)
@@ -211,9 +204,9 @@ class Context:
                 self.mm.register_ops(self.ops, vma.start, vma.end - vma.start)
         for start, end in sorted(parent.intervals):
             self.attach_intervals(start, end)
-        for region in sorted(parent.regions.list, key=lambda region: region.start):
+        for start, end, write in registrations:
             try:
-                self.regions.put(self.regions.get(region.start, region.end, region.write))
+                self.regions.put(self.regions.get(start, end, write))
             except RemoteAccessError:
                 pass
 
@@ -236,7 +229,7 @@ class Context:
 
     def invalidate(self, start, end):
         if self.translation == "pin-cache+hooks":
-            self.regions.invalidate(start, end)
+            self.regions.leave(start, end)
         self.drop(start, end)
 
     def drop(self, start, end):
@@ -244,7 +237,7 @@ class Context:
 
     def restrict(self, start, end):
         if self.translation == "pin-cache+hooks":
-            self.regions.invalidate(start, end)
+            self.regions.leave(start, end)
         for page, word in self.loaded.items():
             if start <= page < end:
                 self.loaded[page] = word._replace(writable=False)

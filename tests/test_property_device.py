@@ -25,7 +25,8 @@ LIMITS = {"frames": 14, "swap_slots": 60}
 DESIGNS = {
     **{name: {"attach": design} for name, design in ioproc.DESIGNS.items() if name != "bounce"},
     **{f"{name}/{fork}": {"attach": {**ioproc.DESIGNS[name], "fork": fork}} for fork in ("inherit", "precopy")
-       for name in ("mm+fault", "vma+fault", "interval+fault", "mm+pin-cache+hooks", "mm+preload-registered")},
+       for name in ("mm+fault", "vma+fault", "interval+fault", "mm+pin-cache+hooks", "mm+preload-registered")
+       if (name, fork) != ("interval+fault", "precopy")},       # which is refused
     "mm+fault, few frames": {"attach": ioproc.DESIGNS["mm+fault"], **LIMITS},
     "interval+fault, few frames": {"attach": ioproc.DESIGNS["interval+fault"], **LIMITS},
     "mm+preload, few frames": {"attach": ioproc.DESIGNS["mm+preload"], **LIMITS},

@@ -770,7 +770,7 @@ cdef class Registration:
             if context.has_registered:
                 why = regcache_get(&context.registered, start, end - start, access_of(write), &self.region)
                 if why:
-                    why = cause_of_cache(why)
+                    why = DETACHED if context_gone(context) else cause_of_cache(why)
             elif context.translation == PIN:
                 self.own.start = start
                 self.own.end = end
