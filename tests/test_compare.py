@@ -1,6 +1,7 @@
 """Comparing designs: what the table says, that it is what the replays counted, and that no unsafe design is ever first."""
 import csv
 import dataclasses
+import gc
 import io
 import json
 import math
@@ -177,6 +178,15 @@ def test_a_design_that_runs_out_of_memory(churn, monkeypatch):
     assert comparison.ranked() == [comparison["pin"], row]
     assert "\npin-cache: replay stopped in event 7: out of frames\n" in str(comparison)
     assert math.isnan(comparison.to_numpy()["measured_ns"][0])
+
+
+def test_a_nic_that_does_not_fit():
+    """Its bounce buffer alone is larger than the memory."""
+    trace = workload.pressure(memory=1 << 20, buffers=4, messages=50)
+    comparison = compare_(trace, ["bounce", "pin"], turns=3)
+    gc.collect()
+    assert "out of frames" in comparison["bounce"].failed
+    assert comparison["pin"].safe
 
 
 def test_without_a_device_it_has_to_fit(churn):

@@ -405,6 +405,7 @@ cdef class Context:
         """Attach; the address space owns the context from now on."""
         cdef NicContext *context = self.context
         cdef Nic nic = self.nic
+        cdef NIC *card = nic.nic
         cdef MM *mm
         cdef bint done = True
         cdef int error
@@ -416,12 +417,12 @@ cdef class Context:
             mm_hold(mm)
             context.mm = mm
             with nogil:
-                pthread_mutex_lock(&nic.nic.lock)
-                nic.nic.attached += 1
-                context.number = nic.nic.attached
-                context.next = nic.nic.contexts
-                nic.nic.contexts = context
-                pthread_mutex_unlock(&nic.nic.lock)
+                pthread_mutex_lock(&card.lock)
+                card.attached += 1
+                context.number = card.attached
+                context.next = card.contexts
+                card.contexts = context
+                pthread_mutex_unlock(&card.lock)
                 if context.translation == BOUNCE:
                     done = bounce_new(context, bounce)
                 error = context_attach(context) if done else -ENOMEM
