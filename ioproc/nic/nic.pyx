@@ -223,7 +223,7 @@ cdef class Nic:
             raise ValueError(f"placement = {placement!r} with translation = {translation!r}: {REFUSALS[translation]}")
         if placement == "interval" and fork in ("posted", "precopy"):
             raise ValueError(f"fork = {fork!r} with placement = 'interval': its notifiers are told of a whole mapping before fork "
-                             "goes over it: nothing is kept from them, and nothing is left to copy")
+                             "copies it: nothing is kept from them, and nothing is left to copy")
         if not 1 <= pages <= PREFAULT_MOST:
             raise ValueError(f"prefault = {prefault}: not in 1 .. {<int> PREFAULT_MOST} pages")
         if bounce == 0 or bounce > 1 << 18:
