@@ -12,7 +12,10 @@ import platform
 import sys
 from pathlib import Path
 
+import designs
+import device
 import paired
+import registration
 import threads
 import workloads
 
@@ -153,6 +156,9 @@ def main() -> int:
     pressure(**turns)
     others(**turns)
     replays(**turns)
+    designs.rows(row, **turns)
+    device.rows(row, **turns)
+    registration.rows(row, **turns)
     memory()
     scale(1_000_000 if arguments.quick else 100_000_000, **({"rounds": 2, "launches": 1} if arguments.quick else {}))
 

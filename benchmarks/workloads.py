@@ -63,6 +63,12 @@ def _mapped(mem, pages):
     return mm, mm.mmap(pages * PAGE)
 
 
+def _written(mem, pages):
+    mm, addr = _mapped(mem, pages)
+    mm.touch(addr, pages * PAGE, write=True)
+    return mm, addr
+
+
 def touch(pages=PAGES):
     """First touch, for writing."""
     mem = ioproc.PhysicalMemory(frames=pages + 64)
@@ -79,12 +85,7 @@ def unmap(pages=PAGES):
     mem = ioproc.PhysicalMemory(frames=pages + 64)
     length = pages * PAGE
 
-    def prepare():
-        mm, addr = _mapped(mem, pages)
-        mm.touch(addr, length, write=True)
-        return mm, addr
-
-    return Workload("unmap", pages, prepare,
+    return Workload("unmap", pages, lambda: _written(mem, pages),
                     lambda mm, addr: mm.munmap(addr, length), lambda mm, addr: mm.exit())
 
 
@@ -94,8 +95,7 @@ def fork(pages=PAGES):
     children = []
 
     def prepare():
-        mm, addr = _mapped(mem, pages)
-        mm.touch(addr, pages * PAGE, write=True)
+        mm, addr = _written(mem, pages)
         return (mm,)
 
     def finish(mm):
@@ -139,12 +139,7 @@ def fault_reclaim(pages=PAGES):
     mem = ioproc.PhysicalMemory(frames=pages, swap_slots=2 * pages)
     length = 2 * pages * PAGE
 
-    def prepare():
-        mm, addr = _mapped(mem, 2 * pages)
-        mm.touch(addr, length, write=True)
-        return mm, addr
-
-    return Workload("fault_reclaim", 2 * pages, prepare,
+    return Workload("fault_reclaim", 2 * pages, lambda: _written(mem, 2 * pages),
                     lambda mm, addr: mm.touch(addr, length, write=True), lambda mm, addr: mm.exit())
 
 
@@ -154,8 +149,7 @@ def swapin_write(pages=PAGES, write=True):
     length = pages * PAGE
 
     def prepare():
-        mm, addr = _mapped(mem, pages)
-        mm.touch(addr, length, write=True)
+        mm, addr = _written(mem, pages)
         mem.reclaim(pages)
         return mm, addr
 
@@ -173,8 +167,7 @@ def reclaim(pages=PAGES, mappers=1):
     mem = ioproc.PhysicalMemory(frames=pages + 64, swap_slots=pages)
 
     def prepare():
-        mm, addr = _mapped(mem, pages)
-        mm.touch(addr, pages * PAGE, write=True)
+        mm, addr = _written(mem, pages)
         return mm, *(mm.fork() for _ in range(mappers - 1))
 
     def finish(*spaces):
@@ -226,12 +219,7 @@ def pin(pages=PAGES):
     mem = ioproc.PhysicalMemory(frames=pages + 64)
     length = pages * PAGE
 
-    def prepare():
-        mm, addr = _mapped(mem, pages)
-        mm.touch(addr, length, write=True)
-        return mm, addr
-
-    return Workload("pin", pages, prepare,
+    return Workload("pin", pages, lambda: _written(mem, pages),
                     lambda mm, addr: mem.unpin(mem.pin(mm, addr, length)), lambda mm, addr: mm.exit())
 
 
@@ -253,12 +241,7 @@ def pageout(pages=PAGES):
     mem = ioproc.PhysicalMemory(frames=pages + 64, swap_slots=pages)
     length = pages * PAGE
 
-    def prepare():
-        mm, addr = _mapped(mem, pages)
-        mm.touch(addr, length, write=True)
-        return mm, addr
-
-    return Workload("pageout", pages, prepare,
+    return Workload("pageout", pages, lambda: _written(mem, pages),
                     lambda mm, addr: mm.madvise(addr, length, ioproc.MADV_PAGEOUT), lambda mm, addr: mm.exit())
 
 

@@ -20,6 +20,7 @@ from .trace.player import FRAMES
 __all__ = ["Comparison", "Row", "by_share", "checked", "compare", "design", "pictures", "translations"]
 
 PAGE = 4096
+SHARES = (0.01, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
 @dataclass(frozen=True)
@@ -313,7 +314,7 @@ def _row(name, attach, result, nothing, cost, spent):
                result.vmas_peak - nothing.vmas_peak, result.disagreement, result.violations)
 
 
-def by_share(trace: Trace, shares: Sequence[float] = (0.01, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+def by_share(trace: Trace, shares: Sequence[float] = SHARES,
              designs: Iterable[str | Mapping[str, Any]] = ("mm+fault", "vma+fault"), nic: Mapping[str, Any] | None = None,
              cost: Cost | str = "modern", *, component: str = "total", kind: str = "buffers", seed: int = 0, messages: int = 4,
              ) -> dict[str, list[tuple[float, float]]]:

@@ -60,38 +60,32 @@ cdef u64 lookup_any(const MM *mm, u64 addr) noexcept nogil:
 
 # ---- callbacks.  Under the lock of the address space.
 
-cdef void told(NicContext *context, bint changed) noexcept nogil:
-    """A callback that invalidates or restricts.  Nic.lock is held."""
+cdef void context_told(NicContext *context, u64 start, u64 end, bint restrict) noexcept nogil:
+    """The device may use no page of the range any more; with `restrict`: write to none."""
+    cdef u64 changed
+    cdef u64 left = 0
+    if context.translation == PIN_CACHE_HOOKS:
+        left = regcache_invalidate(&context.registered, start, end)
+    pthread_mutex_lock(&context.nic.lock)
+    changed = context_restrict(context, start, end) if restrict else context_drop(context, start, end)
+    if restrict:
+        context.counts.downgraded += changed
+    else:
+        context.counts.invalidated += changed
     context.counts.callbacks += 1
     context.counts.invalidations += 1
-    context.counts.useful += changed
-    context.counts.shootdowns += changed
+    context.counts.useful += changed + left != 0
+    context.counts.shootdowns += changed + left != 0
+    wait_for_flights(context)
+    pthread_mutex_unlock(&context.nic.lock)
 
 
 cdef void context_invalidate(NicContext *context, u64 start, u64 end) noexcept nogil:
-    cdef u64 dropped
-    cdef u64 left = 0
-    if context.translation == PIN_CACHE_HOOKS:
-        left = regcache_invalidate(&context.registered, start, end)
-    pthread_mutex_lock(&context.nic.lock)
-    dropped = context_drop(context, start, end)
-    context.counts.invalidated += dropped
-    told(context, dropped + left != 0)
-    wait_for_flights(context)
-    pthread_mutex_unlock(&context.nic.lock)
+    context_told(context, start, end, False)
 
 
 cdef void context_writeprotect(NicContext *context, u64 start, u64 end) noexcept nogil:
-    cdef u64 restricted
-    cdef u64 left = 0
-    if context.translation == PIN_CACHE_HOOKS:
-        left = regcache_invalidate(&context.registered, start, end)
-    pthread_mutex_lock(&context.nic.lock)
-    restricted = context_restrict(context, start, end)
-    context.counts.downgraded += restricted
-    told(context, restricted + left != 0)
-    wait_for_flights(context)
-    pthread_mutex_unlock(&context.nic.lock)
+    context_told(context, start, end, True)
 
 
 cdef void nic_invalidate_range(void *arg, const ioproc_vma *vma, u64 start, u64 end) noexcept nogil:
@@ -306,10 +300,9 @@ cdef int fault_with_chain(NicContext *context, const Transfer *transfer, u64 add
             load_counted(context, transfer, at, word_of(more, write), pte_is_huge(context, more), False)
             pthread_mutex_unlock(&context.nic.lock)
             at += PAGE_SIZE
-        pte = lookup_any(mm, addr)          # with frames short, the others may have taken its own
+        why = page_in(mm, addr, write, &pte, &vma)      # with frames short, the others may have taken its own
         pthread_mutex_lock(&context.nic.lock)
-        if pte_allows(pte, write) and not load_counted(context, transfer, addr, word_of(pte, write),
-                                                       pte_is_huge(context, pte), True):
+        if why == DONE and not load_counted(context, transfer, addr, word_of(pte, write), pte_is_huge(context, pte), True):
             why = NO_FRAME
         pthread_mutex_unlock(&context.nic.lock)
     thread_set_inside(NULL)
@@ -379,7 +372,8 @@ cdef int fault_with_interval(NicContext *context, const Transfer *transfer, u64 
     cdef VMArea *vma = NULL
     cdef u64 pte = 0
     cdef u64 words[PREFAULT_MOST]
-    cdef u64 seq, n, i
+    cdef u64 seq, n, i, end
+    cdef u64 collisions = 0
     cdef int why
     cdef bint huge
     while True:
@@ -389,6 +383,8 @@ cdef int fault_with_interval(NicContext *context, const Transfer *transfer, u64 
             why = NO_FRAME
         if why == DONE:
             interval = &context.attachments[attachment_above(context, addr)].interval
+            # with frames short, the pages of a batch may take each other's: in the end, one alone
+            end = interval.end if collisions < 2 else addr + PAGE_SIZE
         mm_unlock_looked(mm)
         if why:
             return why
@@ -416,7 +412,7 @@ cdef int fault_with_interval(NicContext *context, const Transfer *transfer, u64 
             while why == DONE:
                 words[n] = word_of(pte, write)
                 n += 1
-                if (n == PREFAULT_MOST or addr + (n << PAGE_SHIFT) >= prefault_end(context, vma, addr, interval.end)
+                if (n == PREFAULT_MOST or addr + (n << PAGE_SHIFT) >= prefault_end(context, vma, addr, end)
                         or page_in(mm, addr + (n << PAGE_SHIFT), write, &pte, &vma) or pte_is_huge(context, pte) != huge):
                     break
             thread_set_inside(NULL)
@@ -425,7 +421,9 @@ cdef int fault_with_interval(NicContext *context, const Transfer *transfer, u64 
             return why
         schedule_point(ESTABLISH)
         pthread_mutex_lock(&context.nic.lock)
-        if not interval_read_retry(mm.intervals, interval, seq) or context.careless:
+        if context.gone:
+            why = DETACHED
+        if why or not interval_read_retry(mm.intervals, interval, seq) or context.careless:
             i = n
             while i and why == DONE:
                 i -= 1
@@ -435,6 +433,7 @@ cdef int fault_with_interval(NicContext *context, const Transfer *transfer, u64 
             return why
         context.counts.retries += 1
         pthread_mutex_unlock(&context.nic.lock)
+        collisions += 1
 
 
 cdef int fault_in_region(NicContext *context, const Transfer *transfer, u64 addr) noexcept nogil:
@@ -490,8 +489,9 @@ cdef bint bounce_new(NicContext *context, u64 pages) noexcept nogil:
             atomic_store(&frame_at(mem, context.bounce[context.bounce_pages]).counts, ONE_REFERENCE)
             context.bounce_pages += 1
             done = load_bounce(context, TASK_SIZE + ((context.bounce_pages - 1) << PAGE_SHIFT))
-    context.counts.registrations += 1
-    context.counts.registered_pages += context.bounce_pages
+    if done:
+        context.counts.registrations += 1
+        context.counts.registered_pages += pages
     count_pinned(context, context.bounce_pages)
     pthread_mutex_unlock(&context.nic.lock)
     return done
@@ -695,6 +695,7 @@ cdef int context_attach(NicContext *context) noexcept nogil:
     cdef int error = 0
     if not tables_stay(mm):
         return -ENOMEM
+    atomic_add(&mm.mem.devices, 1)
     context_ops(context)
     if context.placement == AT_MM:
         error = mm_register(mm, &context.ops)
@@ -766,13 +767,15 @@ cdef int inherit_attachments(NicContext *parent, NicContext *child) noexcept nog
     cdef const VMArea *like
     cdef bint done = True
     cdef u64 i = 0
+    cdef u64 start
     mm_lock(parent.mm)
     mm_lock(child.mm)
     while parent.placement == AT_VMA and vma != NULL and done:
         like = vma_at(parent.mm, vma.start)
         if like != NULL and chain_has(like.chain, &parent.ops):
-            done = vma_register(child.mm, &child.ops, vma.start, vma.end - vma.start) == 0
-            vma = vma_at(child.mm, vma.start)
+            start = vma.start               # it may be merged with the one before
+            done = vma_register(child.mm, &child.ops, start, vma.end - start) == 0
+            vma = vma_at(child.mm, start)
         vma = vma.next
     while parent.placement == AT_INTERVAL and i < parent.nattachments and done:
         done = attach_interval(child, parent.attachments[i].interval.start, parent.attachments[i].interval.end)
@@ -780,26 +783,3 @@ cdef int inherit_attachments(NicContext *parent, NicContext *child) noexcept nog
     mm_unlock(child.mm)
     mm_unlock(parent.mm)
     return DONE if done else NO_FRAME
-
-
-cdef int inherit_registrations(NicContext *parent, NicContext *child) noexcept nogil:
-    """What the child cannot register, it registers when it communicates."""
-    cdef Region *region
-    cdef u64 at = 0
-    cdef u64 start, end
-    cdef u32 access
-    cdef int why = inherit_attachments(parent, child)
-    while parent.has_registered and why == DONE:
-        pthread_mutex_lock(&parent.registered.lock)
-        region = region_above(&parent.registered, at)
-        if region != NULL:
-            start = region.start
-            end = region.end
-            access = region.access
-        pthread_mutex_unlock(&parent.registered.lock)
-        if region == NULL:
-            break
-        if regcache_get(&child.registered, start, end - start, access, &region) == 0:
-            regcache_put(&child.registered, region)
-        at = end
-    return why

@@ -125,6 +125,7 @@ cdef struct NicContext:            # one process on one NIC
     bint gone                   # detached, or its process ended
     u64 phase                   # the access in flight counts in flights[phase & 1]
     u64 flights[2]
+    bint awaited                # somebody waits for those of the phase before
     RegCache registered
     bint has_registered
     u64 max_regions             # 0: no limit
@@ -359,11 +360,17 @@ cdef inline u64 context_restrict(NicContext *context, u64 start, u64 end) noexce
 
 cdef inline void wait_for_flights(NicContext *context) noexcept nogil:
     """Until every access that began before has ended: what was dropped is in use no more."""
-    cdef u64 phase = context.phase & 1
+    cdef u64 phase
+    while context.awaited:                  # one at a time, or the one that comes second would not wait for the first's
+        pthread_cond_wait(&context.nic.landed, &context.nic.lock)
+    phase = context.phase & 1
     if context.flights[phase]:
+        context.awaited = True
         context.phase += 1
         while context.flights[phase]:
             pthread_cond_wait(&context.nic.landed, &context.nic.lock)
+        context.awaited = False
+        pthread_cond_broadcast(&context.nic.landed)
 
 
 # ---- a device access

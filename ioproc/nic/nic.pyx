@@ -99,8 +99,10 @@ cdef NicCounts context_counts(const NicContext *context) noexcept nogil:
     """Nic.lock is held, or nobody else has the context."""
     cdef NicCounts counts = context.counts
     if context.has_registered:
+        pthread_mutex_lock(<pthread_mutex_t *> &context.registered.lock)
         counts.regcache_hits = context.registered.counts.hits
         counts.regcache_misses = context.registered.counts.misses
+        pthread_mutex_unlock(<pthread_mutex_t *> &context.registered.lock)
     return counts
 
 
@@ -219,6 +221,9 @@ cdef class Nic:
         cdef Context context
         if placement not in TRANSLATION_PLACEMENTS[translation]:
             raise ValueError(f"placement = {placement!r} with translation = {translation!r}: {REFUSALS[translation]}")
+        if placement == "interval" and fork in ("posted", "precopy"):
+            raise ValueError(f"fork = {fork!r} with placement = 'interval': its notifiers are told of a whole mapping before fork "
+                             "goes over it: nothing is kept from them, and nothing is left to copy")
         if not 1 <= pages <= PREFAULT_MOST:
             raise ValueError(f"prefault = {prefault}: not in 1 .. {<int> PREFAULT_MOST} pages")
         if bounce == 0 or bounce > 1 << 18:
@@ -324,20 +329,45 @@ cdef class Context:
     def __init__(self):
         raise TypeError("a Context comes from Nic.attach()")
 
-    cdef int inherit(self, AddressSpace child) except -1:
-        """The child of a fork is attached as its parent is, with the same registrations."""
+    cdef list registrations(self):
+        """(start, end, access) of what the registration cache has."""
+        cdef RegCache *cache = &self.context.registered
+        cdef const Region *region
+        cdef u64 at = 0
+        cdef list found = []
+        while self.context.has_registered:
+            pthread_mutex_lock(&cache.lock)
+            region = region_above(cache, at)
+            if region != NULL:
+                at, end, access = region.start, region.end, region.access
+            pthread_mutex_unlock(&cache.lock)
+            if region == NULL:
+                break
+            found.append((at, end, access))
+            at = end
+        return found
+
+    cdef int inherit(self, AddressSpace child, list registrations) except -1:
+        """The child of a fork is attached as its parent is, with the same registrations, but for those it cannot make."""
         cdef NicContext *context = self.context
         cdef NicContext *heir
         cdef Context made = Context.__new__(Context)
+        cdef Region *region
+        cdef u64 start, end
+        cdef u32 access
         cdef int why
         made.prepare(self.nic, child, context.placement, context.translation, context.fork, context.prefault, context.max_regions,
                      context.max_bytes)
         made.begin(child, context.bounce_pages)
         heir = made.context
         with nogil:
-            why = inherit_registrations(context, heir)
+            why = inherit_attachments(context, heir)
         if why == NO_FRAME:
-            raise MemoryError("fork: no memory for the registrations that the child inherits")
+            raise MemoryError("fork: no memory for the attachments that the child inherits")
+        for start, end, access in registrations:
+            with nogil:
+                if regcache_get(&heir.registered, start, end - start, access, &region) == 0:
+                    regcache_put(&heir.registered, region)
         return 0
 
     cdef int prepare(self, Nic nic, AddressSpace mm, int placement, int translation, int fork, u64 prefault, u64 regions,
@@ -422,6 +452,7 @@ cdef class Context:
             regcache_destroy(&context.registered)
         if context.mm != NULL:
             pthread_mutex_lock(&context.nic.lock)
+            context_drop(context, 0, ADDRESSES_END)     # of one that was never attached
             counts_add(<u64 *> &context.nic.gone, <const u64 *> &context.counts, sizeof(NicCounts) // 8)
             link = &context.nic.contexts
             while link[0] != context:
@@ -439,7 +470,9 @@ cdef class Context:
     cdef int leave_space(self) except -1:
         """The address space no longer owns it."""
         space = None if self.space is None else self.space()
-        self.nic.contexts.pop(<size_t> self.context.mm, None)
+        found = self.nic.contexts.get(<size_t> self.context.mm)
+        if found is not None and found() is self:       # not one attached since
+            del self.nic.contexts[<size_t> self.context.mm]
         if space is not None and (<AddressSpace> space).owners is not None:
             (<AddressSpace> space).owners.pop(<size_t> self.context, None)
         return 0
@@ -683,11 +716,16 @@ cdef int end_contexts(dict owners) except -1:
     return 0
 
 
-cdef int inherit_contexts(dict owners, AddressSpace child) except -1:
+cdef list heirs(dict owners):
+    """Before a fork, which may take registrations away: the contexts that the child inherits, and what they have registered."""
     cdef object owned
-    for owned in list(owners.values()):
-        if isinstance(owned, Context) and (<Context> owned).context.fork == FORK_INHERIT and (<Context> owned).attached:
-            (<Context> owned).inherit(child)
+    return [(owned, (<Context> owned).registrations()) for owned in list(owners.values())
+            if isinstance(owned, Context) and (<Context> owned).context.fork == FORK_INHERIT and (<Context> owned).attached]
+
+
+cdef int inherit_contexts(list inherited, AddressSpace child) except -1:
+    for context, registrations in inherited:
+        (<Context> context).inherit(child, registrations)
     return 0
 
 

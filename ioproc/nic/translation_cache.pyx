@@ -116,6 +116,7 @@ cdef class TranslationCache:
                     key = CONTEXT_ONE | array[i]
                     hits += narrow_access(cache, key_set(cache, key), key, &evicted)
                     evictions += evicted != 0
+                cache.used += n - hits - evictions
             else:
                 for i in range(n):
                     key = CONTEXT_ONE | array[i]

@@ -529,6 +529,9 @@ cdef int replay_process(Replay *replay, Process *process, const Event *event, bi
         child.space = process.space
         child.space.users += 1
         return AGREES
+    if replay.communicating:
+        with gil:
+            (<Player> replay.face).forks(process.space.mm)
     mm_lock(process.space.mm)
     thread_set_inside(process.space.mm)
     mm = mm_fork(process.space.mm)
@@ -625,6 +628,7 @@ cdef class Player:
     cdef Nic nic
     cdef dict attach
     cdef set communicating      # pids that communicate: they attach as they begin
+    cdef list inherited         # by the child of the fork that is going on
     cdef FileCache **caches
 
     def __cinit__(self, PhysicalMemory mem not None, list sizes, Ops ops, int placement, Nic nic, dict attach, set communicating):
@@ -664,7 +668,7 @@ cdef class Player:
             face.replace(mm)
             if self.nic is not None:
                 if parent != NULL:
-                    inherit_contexts((<AddressSpace> self.spaces[<size_t> parent]).owners, face)
+                    inherit_contexts(self.inherited, face)
                     attached = self.nic.find(mm)
                 if attached is None and pid in self.communicating:
                     attached = self.nic.attach(face, **self.attach)
@@ -674,6 +678,13 @@ cdef class Player:
             callback_raised(exception)
             return False
         return True
+
+    cdef void forks(self, MM *parent) noexcept:
+        try:
+            self.inherited = heirs((<AddressSpace> self.spaces[<size_t> parent]).owners)
+        except BaseException as exception:
+            self.inherited = []
+            callback_raised(exception)
 
     cdef void disown(self, MM *mm) noexcept:
         self.signals()

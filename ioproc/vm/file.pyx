@@ -305,11 +305,7 @@ cdef bint file_write(FileCache *file, u64 at, const char *data, u64 count) noexc
 
 cdef i64 as_offset(object value, str name) except? -0x7ffffffffffffff1:
     """A file's offset, length or size as a system call's, which may be negative."""
-    cdef object number
-    try:
-        number = value.__index__()
-    except AttributeError:
-        raise TypeError(f"{name} = {value!r}: not an integer") from None
+    cdef object number = as_integer(value, name)
     if not -1 << 63 <= number < 1 << 63:
         raise ValueError(f"{name} = {value}: not in -2**63 .. 2**63 - 1")
     return number

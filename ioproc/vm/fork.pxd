@@ -80,7 +80,7 @@ cdef inline bint fork_range(MM *parent, MM *child, VMArea *vma, VMArea *child_vm
             copied += 1
             if likely(not pte & PTE_UNCOUNTED):
                 frames += 1
-                frame_map_again(frame_at(mem, pte >> 12))
+                frame_map_again(mem, frame_at(mem, pte >> 12))
             elif pte & PTE_SWAP:
                 child.swapped += 1
                 swap_entry_copied(mem, pte)
@@ -113,7 +113,7 @@ cdef inline bint fork_shared_range(MM *parent, MM *child, const VMArea *vma) noe
                 pte_set(copy, i, pte & ~<u64> (PTE_YOUNG | PTE_DIRTY))
                 if not pte & PTE_UNCOUNTED:
                     child.rss += 1
-                    frame_map_again(frame_at(parent.mem, pte >> 12))
+                    frame_map_again(parent.mem, frame_at(parent.mem, pte >> 12))
         if copy.used == 0:
             leaf_drop(child.root, addr)
         addr = stop

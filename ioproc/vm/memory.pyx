@@ -28,13 +28,16 @@ cdef int refuse_in_callback() except -1:
     return 0
 
 
-cdef u64 as_u64(object value, str name) except? 0xfffffffffffffff1:
-    """An address, length or offset in bytes."""
-    cdef object number
+cdef object as_integer(object value, str name):
     try:
-        number = value.__index__()
+        return value.__index__()
     except AttributeError:
         raise TypeError(f"{name} = {value!r}: not an integer") from None
+
+
+cdef u64 as_u64(object value, str name) except? 0xfffffffffffffff1:
+    """An address, length or offset in bytes."""
+    cdef object number = as_integer(value, name)
     if not 0 <= number <= 0xffffffffffffffff:
         raise ValueError(f"{name} = {value}: not in 0 .. 2**64 - 1")
     return number
@@ -42,10 +45,7 @@ cdef u64 as_u64(object value, str name) except? 0xfffffffffffffff1:
 
 cdef int as_int(object value, str name) except? -0x7ffffff1:
     """Flags or advice, as a system call's int."""
-    try:
-        number = value.__index__()
-    except AttributeError:
-        raise TypeError(f"{name} = {value!r}: not an integer") from None
+    cdef object number = as_integer(value, name)
     if not -1 << 31 <= number < 1 << 31:
         raise ValueError(f"{name} = {value}: not in -2**31 .. 2**31 - 1")
     return number
