@@ -14,7 +14,7 @@ import ioproc
 import model
 import model_device
 import sequences
-from sequences import PAGE, addresses, failure, lengths, plus, short_lengths, spaces, step
+from sequences import PAGE, addresses, failure, lengths, plus, short_lengths, slots, spaces, step
 
 EXAMPLES = int(os.environ.get("IOPROC_EXAMPLES", 300))
 SEED = int(os.environ.get("IOPROC_SEED", random.randrange(2**32)))
@@ -39,6 +39,9 @@ DESIGNS = {
     "mm+pin-cache+hooks, limits": {"attach": {**ioproc.DESIGNS["mm+pin-cache+hooks"], "max_regions": 2, "max_bytes": 5 * PAGE}},
     "vma+fault, few VMAs": {"attach": ioproc.DESIGNS["vma+fault"], "max_map_count": 7},
     "bounce": {"attach": {**ioproc.DESIGNS["bounce"], "bounce_bytes": 2 * PAGE}},
+    **{f"{name}, huge pages": {"attach": ioproc.DESIGNS[name], "huge_pages": 5, "nic": {**NIC, "page_shift": 21}}
+       for name in ("mm+fault", "vma+fault", "interval+fault", "mm+preload", "pin", "mm+pin-cache+hooks")},
+    "mm+fault, huge pages in small ones": {"attach": ioproc.DESIGNS["mm+fault"], "huge_pages": 5},
     "mm+fault, small NIC memory": {"attach": ioproc.DESIGNS["mm+fault"], "nic": {**NIC, "table_entries": 3}},
 }
 
@@ -125,6 +128,10 @@ HOT = st.integers(1, 9).map(lambda page: sequences.ARENA + page * PAGE)
 hot = HOT | HOT | HOT | addresses           # where the first mapping is, mostly
 
 
+HUGE_STEPS = [name for name, *_ in sequences.STEPS if name.startswith("huge_")]
+SEEN.update(dict.fromkeys(HUGE_STEPS, 0))
+
+
 class DeviceProgram(sequences.Program):
     """Steps of the device among those of the process."""
 
@@ -181,6 +188,12 @@ class DeviceProgram(sequences.Program):
     def deregister(self, which):
         self.call(0, "deregister", which)
 
+    @step(0, steps, space=EARLY, at=slots, page=st.sampled_from([0, 1, 511]), n=st.integers(1, 2 * PAGE),
+          call=st.sampled_from(["rdma_read", "rdma_write", "access", "register"]), write=st.booleans())
+    def huge_transfer(self, space, at, page, n, call, write):
+        what = {"rdma_read": [n], "rdma_write": [b"h" * n], "access": [n, write], "register": [n, "rw" if write else "r"]}
+        self.call(space, call, at + page * PAGE + 9, *what[call])
+
     def end(self):
         for _ in self.run.sides[0].registrations[:]:
             self.call(0, "deregister", 0)
@@ -189,6 +202,7 @@ class DeviceProgram(sequences.Program):
 
 @pytest.mark.parametrize("name", DESIGNS)
 def test_random_programs(name):
-    found = failure((model, ioproc), DESIGNS[name], max(2, EXAMPLES // len(DESIGNS)), SEED, kind=DeviceProgram)
+    often = [*HUGE_STEPS, "huge_transfer"] * ("huge_pages" in DESIGNS[name])
+    found = failure((model, ioproc), DESIGNS[name], max(2, EXAMPLES // len(DESIGNS)), SEED, often, DeviceProgram)
     if found:
         pytest.fail(f"IOPROC_{found.replace('seed ', 'SEED=', 1)}", pytrace=False)
