@@ -318,6 +318,7 @@ cdef class Nic:
         return f"<ioproc.Nic: {self.nic.live} translations of {n} process{'es' * (n != 1)}>"
 
 
+@cython.no_gc_clear               # its end needs the NIC
 cdef class Context:
     """A process on a NIC, from `Nic.attach`."""
     cdef NicContext *context
@@ -743,6 +744,7 @@ cdef u64 accessible(MM *mm, u64 addr, u64 length, bint write) noexcept nogil:
     return at - addr
 
 
+@cython.no_gc_clear               # its end needs the context
 cdef class Registration:
     """
     Memory registered with a device, from `Context.register`.
