@@ -222,8 +222,8 @@ cdef class Nic:
         if placement not in TRANSLATION_PLACEMENTS[translation]:
             raise ValueError(f"placement = {placement!r} with translation = {translation!r}: {REFUSALS[translation]}")
         if placement == "interval" and fork in ("posted", "precopy"):
-            raise ValueError(f"fork = {fork!r} with placement = 'interval': its notifiers are told of a mapping before fork copies "
-                             "it: nothing is kept from them, and nothing is left to copy")
+            raise ValueError(f"fork = {fork!r} with placement = 'interval': its notifiers are told of a mapping before fork "
+                             "copies it: nothing is kept from them, and nothing is left to copy")
         if not 1 <= pages <= PREFAULT_MOST:
             raise ValueError(f"prefault = {prefault}: not in 1 .. {<int> PREFAULT_MOST} pages")
         if bounce == 0 or bounce > 1 << 18:
