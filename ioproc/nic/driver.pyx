@@ -782,26 +782,3 @@ cdef int inherit_attachments(NicContext *parent, NicContext *child) noexcept nog
     mm_unlock(child.mm)
     mm_unlock(parent.mm)
     return DONE if done else NO_FRAME
-
-
-cdef int inherit_registrations(NicContext *parent, NicContext *child) noexcept nogil:
-    """What the child cannot register, it registers when it communicates."""
-    cdef Region *region
-    cdef u64 at = 0
-    cdef u64 start, end
-    cdef u32 access
-    cdef int why = inherit_attachments(parent, child)
-    while parent.has_registered and why == DONE:
-        pthread_mutex_lock(&parent.registered.lock)
-        region = region_above(&parent.registered, at)
-        if region != NULL:
-            start = region.start
-            end = region.end
-            access = region.access
-        pthread_mutex_unlock(&parent.registered.lock)
-        if region == NULL:
-            break
-        if regcache_get(&child.registered, start, end - start, access, &region) == 0:
-            regcache_put(&child.registered, region)
-        at = end
-    return why

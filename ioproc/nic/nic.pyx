@@ -327,20 +327,45 @@ cdef class Context:
     def __init__(self):
         raise TypeError("a Context comes from Nic.attach()")
 
-    cdef int inherit(self, AddressSpace child) except -1:
-        """The child of a fork is attached as its parent is, with the same registrations."""
+    cdef list registrations(self):
+        """(start, end, access) of each in the registration cache."""
+        cdef NicContext *context = self.context
+        cdef const Region *region
+        cdef list found = []
+        cdef u64 at = 0
+        if context.has_registered:
+            pthread_mutex_lock(&context.registered.lock)
+            region = region_above(&context.registered, at)
+            while region != NULL:
+                found.append((region.start, region.end, region.access))
+                region = region_above(&context.registered, region.end)
+            pthread_mutex_unlock(&context.registered.lock)
+        return found
+
+    cdef int inherit(self, AddressSpace child, list registrations) except -1:
+        """
+        The child of a fork is attached as its parent is, with the parent's registrations; what it cannot register, it registers
+        when it communicates.
+        """
         cdef NicContext *context = self.context
         cdef NicContext *heir
         cdef Context made = Context.__new__(Context)
+        cdef Region *region
+        cdef u64 start, end
+        cdef u32 access
         cdef int why
         made.prepare(self.nic, child, context.placement, context.translation, context.fork, context.prefault, context.max_regions,
                      context.max_bytes)
         made.begin(child, context.bounce_pages)
         heir = made.context
         with nogil:
-            why = inherit_registrations(context, heir)
+            why = inherit_attachments(context, heir)
         if why == NO_FRAME:
-            raise MemoryError("fork: no memory for the registrations that the child inherits")
+            raise MemoryError("fork: no memory for what the child inherits")
+        for start, end, access in registrations:
+            with nogil:
+                if regcache_get(&heir.registered, start, end - start, access, &region) == 0:
+                    regcache_put(&heir.registered, region)
         return 0
 
     cdef int prepare(self, Nic nic, AddressSpace mm, int placement, int translation, int fork, u64 prefault, u64 regions,
@@ -687,11 +712,17 @@ cdef int end_contexts(dict owners) except -1:
     return 0
 
 
-cdef int inherit_contexts(dict owners, AddressSpace child) except -1:
-    cdef object owned
-    for owned in list(owners.values()):
-        if isinstance(owned, Context) and (<Context> owned).context.fork == FORK_INHERIT and (<Context> owned).attached:
-            (<Context> owned).inherit(child)
+cdef list heritage(dict owners):
+    """(Context, its registrations) of those that the child of a fork inherits; before it, for its hooks invalidate."""
+    return [(owned, (<Context> owned).registrations()) for owned in list(owners.values())
+            if isinstance(owned, Context) and (<Context> owned).context.fork == FORK_INHERIT]
+
+
+cdef int inherit_contexts(list inherited, AddressSpace child) except -1:
+    cdef Context context
+    for context, registrations in inherited:
+        if context.attached:
+            context.inherit(child, registrations)
     return 0
 
 
@@ -737,7 +768,7 @@ cdef class Registration:
             if context.has_registered:
                 why = regcache_get(&context.registered, start, end - start, access_of(write), &self.region)
                 if why:
-                    why = cause_of_cache(why)
+                    why = DETACHED if context_gone(context) else cause_of_cache(why)
             elif context.translation == PIN:
                 self.own.start = start
                 self.own.end = end

@@ -792,6 +792,7 @@ cdef class AddressSpace:
         """
         cdef MM *child
         cdef AddressSpace face = AddressSpace.__new__(AddressSpace, self.mem)
+        cdef list inherited = heritage(self.owners) if self.owners is not None else []
         self.enter()
         with nogil:
             child = mm_fork(self.mm)
@@ -802,7 +803,7 @@ cdef class AddressSpace:
                 face.replace(child)
         if child == NULL:
             raise MemoryError("fork")
-        inherit_contexts(self.owners, face)
+        inherit_contexts(inherited, face)
         return face
 
     def vfork(self):
