@@ -1,7 +1,7 @@
 """Replays with a NIC: rows for the table.
 
-``python benchmarks/designs.py preload | six [EVENTS] [REPETITIONS]``, as workloads.py: ns per event of the generated history whose
-program receives a message in every buffer before it unmaps it.
+``python benchmarks/designs.py preload | six [EVENTS] [REPETITIONS]``, as workloads.py: ns per event of the generated
+history, whose program receives a message in every buffer before it unmaps it.
 """
 from __future__ import annotations
 

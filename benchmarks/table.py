@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import designs
+import device
 import paired
 import registration
 import threads
@@ -156,6 +157,7 @@ def main() -> int:
     others(**turns)
     replays(**turns)
     designs.rows(row, **turns)
+    device.rows(row, **turns)
     registration.rows(row, **turns)
     memory()
     scale(1_000_000 if arguments.quick else 100_000_000, **({"rounds": 2, "launches": 1} if arguments.quick else {}))

@@ -288,10 +288,10 @@ class Run:
             side.check_invariants()
 
 
-def smallest(implementations, limits, calls):
+def smallest(implementations, limits, calls, runs=Run):
     """Leave out of a failing program what it does not need to fail. The listing of what is left, and how it fails."""
     def run(calls):
-        program = Run(implementations, **limits)
+        program = runs(implementations, **limits)
         try:
             for call in calls:
                 program.call(*call)
@@ -335,26 +335,29 @@ def plus(addr, n):
 STEPS = []      # (name, weight, strategy)
 
 
-def step(weight=1, **strategies):
+def step(weight=1, among=STEPS, **strategies):
     """Mark a method of `Program` as a step that may be chosen, with these arguments."""
     def mark(method):
-        STEPS.append((method.__name__, weight, st.tuples(st.just(method), st.fixed_dictionaries(strategies))))
+        among.append((method.__name__, weight, st.tuples(st.just(method), st.fixed_dictionaries(strategies))))
         return method
     return mark
 
 
-def steps(often):
+def steps(often, among=STEPS):
     """Any step; those named in `often` four times as often as else."""
-    known = {name: strategy for name, _, strategy in STEPS}     # one_of would take each once, whatever its weight
-    names = [name for name, weight, _ in STEPS for _ in range(max(weight, 1) * 4 if name in often else weight)]
+    known = {name: strategy for name, _, strategy in among}     # one_of would take each once, whatever its weight
+    names = [name for name, weight, _ in among for _ in range(max(weight, 1) * 4 if name in often else weight)]
     return st.sampled_from(names).flatmap(known.get)
 
 
 class Program:
     """Turns steps into calls on address spaces that are alive and addresses that are interesting."""
 
+    steps = STEPS
+    runs = Run
+
     def __init__(self, implementations, limits):
-        self.run = Run(implementations, **limits)
+        self.run = self.runs(implementations, **limits)
         self.calls = []
 
     @property
@@ -666,7 +669,7 @@ class Program:
             self.call(0, "unpin", 0)
 
 
-def failure(implementations, limits, examples, seed_, often=()):
+def failure(implementations, limits, examples, seed_, often=(), kind=Program):
     """Run random programs. None, or the listing of the smallest one found on which the implementations differ."""
     failed = []
 
@@ -674,9 +677,9 @@ def failure(implementations, limits, examples, seed_, often=()):
     @settings(max_examples=examples, deadline=None, database=None, phases=[Phase.generate],
               suppress_health_check=list(HealthCheck))
     @given(begin=st.fixed_dictionaries({"ops": st.booleans(), "write": st.booleans(), "forks": st.integers(0, 2)}),
-           chosen=st.lists(steps(often), min_size=30, max_size=50))
+           chosen=st.lists(steps(often, kind.steps), min_size=30, max_size=50))
     def search(begin, chosen):
-        program = Program(implementations, limits)
+        program = kind(implementations, limits)
         try:
             program.start(**begin)
             for method, arguments in chosen:
@@ -691,5 +694,5 @@ def failure(implementations, limits, examples, seed_, often=()):
     except Exception:
         if not failed:
             raise
-        return f"seed {seed_}\n" + (smallest(implementations, limits, failed) or "it passed when run again")
+        return f"seed {seed_}\n" + (smallest(implementations, limits, failed, kind.runs) or "it passed when run again")
     return None

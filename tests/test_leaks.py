@@ -116,7 +116,21 @@ def use_bad_arguments():
             call()
 
 
-USES = [use_memory, use_without_exit, use_forks, use_files, use_ops, use_exceptions, use_counting, use_bad_arguments]
+def use_translation_cache():
+    for ways in (16, None):
+        cache = ioproc.TranslationCache(256, ways)
+        cache.access(range(1000))
+        cache.drop(range(900, 950))
+        cache.clear()
+        with pytest.raises(ValueError):
+            cache.access([-1])
+    with pytest.raises(ValueError):
+        ioproc.TranslationCache(256, 7)
+    ioproc.hit_curve(range(100))
+
+
+USES = [use_memory, use_without_exit, use_forks, use_files, use_ops, use_exceptions, use_counting, use_bad_arguments,
+        use_translation_cache]
 
 
 class Mallinfo2(ctypes.Structure):

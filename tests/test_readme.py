@@ -19,7 +19,7 @@ def test_examples_print_what_they_say(code, expected):
 
 
 def test_examples_are_short():
-    assert len(EXAMPLES) == 2
+    assert len(EXAMPLES) == 3
     assert all(len([line for line in code.splitlines() if line.strip()]) <= 25 for code, _ in EXAMPLES)
 
 

@@ -20,8 +20,8 @@ KERNEL = 1
 # Of the committed recording: guesses that were wrong; faults by kind in both ways, and the kernel's.  mlock finds four
 # pages that the kernel wrote first: the strace way knows nothing of them, so that they are made then.
 WRONG = 10
-COUNTED = ({"zero": 12, "anon": 203, "file": 105, "reuse": 28, "cow": 32},
-           {"zero": 21, "anon": 199, "file": 107, "reuse": 36, "cow": 38}, 21)
+COUNTED = ({"zero": 12, "anon": 203, "file": 105, "reuse": 28, "cow": 32, "swap": 0},
+           {"zero": 21, "anon": 199, "file": 107, "reuse": 36, "cow": 38, "swap": 0}, 21)
 IN_PRIVATE = ["unshare", "--mount", "sh", "-c", 'mount -t tracefs nodev /sys/kernel/tracing && exec "$@"', "sh"]
 STRACE = ["strace", "-f", "-y", "--seccomp-bpf", "-ttt", "-T", "-X", "raw", "-e", "trace=memory,process", "-o", "strace", "--"]
 FAULTS = ["perf", "record", "-q", "-e", "page-faults:u", "-c", "1", "-d", "-k", "CLOCK_REALTIME", "-m", "512", "-o", "f", "--"]

@@ -140,6 +140,40 @@ def test_random_takes_every_way_alike_and_the_seed_decides(entries, ways):
     assert abs(ages.mean() - ways) < ways / 10                          # each time one in `ways`: geometric
 
 
+STREAMS = {
+    "uniform": np.random.default_rng(1).integers(0, 4096, 100_000),
+    "zipf": np.minimum(np.random.default_rng(2).zipf(1.1, 100_000), 65_536),
+    "sequential": np.arange(10_000),
+    "around": np.arange(10_000) % 1500,
+}
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+@pytest.mark.parametrize("sets, ways", [(64, 16), (16, 64), (24, 8), (1, 256)])
+@pytest.mark.parametrize("policy", ["lru", "fifo"])
+def test_hits_are_those_of_pycachesim(stream, sets, ways, policy):
+    cachesim = pytest.importorskip("cachesim")
+    memory = cachesim.MainMemory()
+    level = cachesim.Cache("translations", sets, ways, 1, policy.upper())
+    memory.load_to(level)
+    memory.store_from(level)
+    cachesim.CacheSimulator(level, memory).load(STREAMS[stream].tolist())
+    assert ioproc.TranslationCache(sets * ways, ways, policy).access(STREAMS[stream]) == level.backend.HIT_count
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+def test_hits_of_one_set_are_those_of_libcachesim(stream):
+    libcachesim = pytest.importorskip("libcachesim")
+    request = libcachesim.Request()
+    request.obj_size = 1
+    lru = libcachesim.LRU(500)
+    hits = 0
+    for page in STREAMS[stream][:20_000].tolist():
+        request.obj_id = page + 1
+        hits += lru.get(request)
+    assert ioproc.TranslationCache(500).access(STREAMS[stream][:20_000]) == hits
+
+
 def test_what_was_dropped_makes_room_first():
     cache = ioproc.TranslationCache(16, 16)
     cache.access(range(16))

@@ -221,6 +221,9 @@ cdef class Nic:
         cdef Context context
         if placement not in TRANSLATION_PLACEMENTS[translation]:
             raise ValueError(f"placement = {placement!r} with translation = {translation!r}: {REFUSALS[translation]}")
+        if placement == "interval" and fork in ("posted", "precopy"):
+            raise ValueError(f"fork = {fork!r} with placement = 'interval': its notifiers are told of a mapping before fork "
+                             "copies it: nothing is kept from them, and nothing is left to copy")
         if not 1 <= pages <= PREFAULT_MOST:
             raise ValueError(f"prefault = {prefault}: not in 1 .. {<int> PREFAULT_MOST} pages")
         if bounce == 0 or bounce > 1 << 18:
@@ -328,25 +331,25 @@ cdef class Context:
         raise TypeError("a Context comes from Nic.attach()")
 
     cdef list registrations(self):
-        """(start, end, access) of each in the registration cache."""
-        cdef NicContext *context = self.context
+        """(start, end, access) of what the registration cache has."""
+        cdef RegCache *cache = &self.context.registered
         cdef const Region *region
-        cdef list found = []
         cdef u64 at = 0
-        if context.has_registered:
-            pthread_mutex_lock(&context.registered.lock)
-            region = region_above(&context.registered, at)
-            while region != NULL:
-                found.append((region.start, region.end, region.access))
-                region = region_above(&context.registered, region.end)
-            pthread_mutex_unlock(&context.registered.lock)
+        cdef list found = []
+        while self.context.has_registered:
+            pthread_mutex_lock(&cache.lock)
+            region = region_above(cache, at)
+            if region != NULL:
+                at, end, access = region.start, region.end, region.access
+            pthread_mutex_unlock(&cache.lock)
+            if region == NULL:
+                break
+            found.append((at, end, access))
+            at = end
         return found
 
     cdef int inherit(self, AddressSpace child, list registrations) except -1:
-        """
-        The child of a fork is attached as its parent is, with the parent's registrations; what it cannot register, it registers
-        when it communicates.
-        """
+        """The child of a fork is attached as its parent is, with the same registrations, but for those it cannot make."""
         cdef NicContext *context = self.context
         cdef NicContext *heir
         cdef Context made = Context.__new__(Context)
@@ -361,7 +364,7 @@ cdef class Context:
         with nogil:
             why = inherit_attachments(context, heir)
         if why == NO_FRAME:
-            raise MemoryError("fork: no memory for what the child inherits")
+            raise MemoryError("fork: no memory for the attachments that the child inherits")
         for start, end, access in registrations:
             with nogil:
                 if regcache_get(&heir.registered, start, end - start, access, &region) == 0:
@@ -403,6 +406,7 @@ cdef class Context:
         """Attach; the address space owns the context from now on."""
         cdef NicContext *context = self.context
         cdef Nic nic = self.nic
+        cdef NIC *card = nic.nic
         cdef MM *mm
         cdef bint done = True
         cdef int error
@@ -414,12 +418,12 @@ cdef class Context:
             mm_hold(mm)
             context.mm = mm
             with nogil:
-                pthread_mutex_lock(&nic.nic.lock)
-                nic.nic.attached += 1
-                context.number = nic.nic.attached
-                context.next = nic.nic.contexts
-                nic.nic.contexts = context
-                pthread_mutex_unlock(&nic.nic.lock)
+                pthread_mutex_lock(&card.lock)
+                card.attached += 1
+                context.number = card.attached
+                context.next = card.contexts
+                card.contexts = context
+                pthread_mutex_unlock(&card.lock)
                 if context.translation == BOUNCE:
                     done = bounce_new(context, bounce)
                 error = context_attach(context) if done else -ENOMEM
@@ -571,6 +575,7 @@ cdef class Context:
         cdef u64 source_addr = here if out else there
         cdef u64 target_addr = there if out else here
         cdef u64 moved = 0
+        cdef bint sending = True
         cdef u64 part, read, written
         cdef Context failed = None
         cdef int why = DONE
@@ -588,18 +593,19 @@ cdef class Context:
                 why = context_transfer(source, source_addr + moved, part, False, packet, &read)
             if why:
                 failed = self if out else remote
+                sending = True
             if read:                        # what could be read goes on
                 with nogil:
                     part = context_transfer(target, target_addr + moved, read, True, packet, &written)
                 if part:
                     why = part
                     failed = remote if out else self
+                    sending = False
             moved += written
         free(packet)
         raise_pending()
         if failed is not None:
-            failed.fail(why, (source_addr if failed.context == source else target_addr) + moved, count - moved,
-                        failed.context == target, moved)
+            failed.fail(why, (source_addr if sending else target_addr) + moved, count - moved, not sending, moved)
         return 0
 
     def access(self, addr, length, write=False):
@@ -712,17 +718,16 @@ cdef int end_contexts(dict owners) except -1:
     return 0
 
 
-cdef list heritage(dict owners):
-    """(Context, its registrations) of those that the child of a fork inherits; before it, for its hooks invalidate."""
+cdef list heirs(dict owners):
+    """Before a fork, which may take registrations away: the contexts that the child inherits, and what they have registered."""
+    cdef object owned
     return [(owned, (<Context> owned).registrations()) for owned in list(owners.values())
-            if isinstance(owned, Context) and (<Context> owned).context.fork == FORK_INHERIT]
+            if isinstance(owned, Context) and (<Context> owned).context.fork == FORK_INHERIT and (<Context> owned).attached]
 
 
 cdef int inherit_contexts(list inherited, AddressSpace child) except -1:
-    cdef Context context
     for context, registrations in inherited:
-        if context.attached:
-            context.inherit(child, registrations)
+        (<Context> context).inherit(child, registrations)
     return 0
 
 

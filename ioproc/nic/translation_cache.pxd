@@ -217,10 +217,10 @@ cdef inline u64 narrow_insert(Cache *cache, u64 set, u64 key, u64 value) noexcep
     return evicted
 
 
-cdef inline u64 narrow_access(Cache *cache, u64 set, u64 key, u64 *evicted) noexcept nogil:
+cdef inline u64 narrow_access(const Cache *cache, u64 set, u64 key, u64 *evicted) noexcept nogil:
     """
-    1: a hit; 0: a miss, and the key is put in, with the value 0.  CACHE_LRU.  It does not branch on which it was: over a
-    stream that is what costs most, because nothing can predict it.
+    1: a hit; 0: a miss, and the key is put in.  CACHE_LRU, no values, and `used` is the caller's to count.  It does not branch
+    on which it was: over a stream that is what costs most, because nothing can predict it.
     """
     cdef NarrowSet *ways = &cache.narrow[set]
     cdef CacheEntry *entries = &cache.entries[set * cache.ways]
@@ -232,10 +232,8 @@ cdef inline u64 narrow_access(Cache *cache, u64 set, u64 key, u64 *evicted) noex
         candidates &= candidates - 1
         way = lowest(candidates | oldest) & 15
         hit = entries[way].key == key
-    cache.used += entries[way].key == 0
     evicted[0] = entries[way].key & hit - 1
     entries[way].key = key
-    entries[way].value &= 0 - hit
     ways.tags[way] = key_tag(key)
     ways.order = order_first(ways.order, way)
     return hit

@@ -204,12 +204,12 @@ cdef bint process_adopt(Replay *replay, Process *process, MM *mm, MM *parent) no
     if mm == NULL:
         return False
     space = space_new(replay, mm)
-    owned = space != NULL
-    if owned:
-        with gil:
-            owned = (<Player> replay.face).own(mm, process.pid, parent, &space.context)
-    if not owned:
+    if space == NULL:
         mm_discard(mm)
+        return False
+    with gil:
+        owned = (<Player> replay.face).own(mm, process.pid, parent, &space.context)
+    if not owned:
         free(space)
         return False
     process.space = space
@@ -529,6 +529,9 @@ cdef int replay_process(Replay *replay, Process *process, const Event *event, bi
         child.space = process.space
         child.space.users += 1
         return AGREES
+    if replay.communicating:
+        with gil:
+            (<Player> replay.face).forks(process.space.mm)
     mm_lock(process.space.mm)
     thread_set_inside(process.space.mm)
     mm = mm_fork(process.space.mm)
@@ -542,9 +545,12 @@ cdef void replay_transfer(Replay *replay, Space *space, const Event *event) noex
     """A message of the NIC's; what goes wrong with it is counted there."""
     cdef u64 vmas = space.mm.map_count
     cdef u64 completed
-    if space.context == NULL or event.length > TASK_SIZE or event.addr > TASK_SIZE - event.length:
+    if space.context == NULL:
         return
-    context_transfer(space.context, event.addr, event.length, event.access == 2, NULL, &completed)
+    if event.length > TASK_SIZE or event.addr > TASK_SIZE - event.length:
+        transfer_done(space.context, 0, NO_MAPPING)
+    else:
+        context_transfer(space.context, event.addr, event.length, event.access == 2, NULL, &completed)
     replay.vmas += space.mm.map_count - vmas
     if replay.vmas > replay.vmas_peak:
         replay.vmas_peak = replay.vmas
@@ -625,6 +631,7 @@ cdef class Player:
     cdef Nic nic
     cdef dict attach
     cdef set communicating      # pids that communicate: they attach as they begin
+    cdef list inherited         # by the child of the fork that is going on
     cdef FileCache **caches
 
     def __cinit__(self, PhysicalMemory mem not None, list sizes, Ops ops, int placement, Nic nic, dict attach, set communicating):
@@ -655,7 +662,8 @@ cdef class Player:
         free(self.caches)           # replay_end has taken the processes
 
     cdef bint own(self, MM *mm, int pid, MM *parent, NicContext **context) noexcept:
-        cdef AddressSpace face
+        """Give it a face, and its place on the NIC.  False: it is gone."""
+        cdef AddressSpace face = None
         cdef Context attached = None
         self.signals()
         try:
@@ -664,7 +672,7 @@ cdef class Player:
             face.replace(mm)
             if self.nic is not None:
                 if parent != NULL:
-                    inherit_contexts((<AddressSpace> self.spaces[<size_t> parent]).owners, face)
+                    inherit_contexts(self.inherited, face)
                     attached = self.nic.find(mm)
                 if attached is None and pid in self.communicating:
                     attached = self.nic.attach(face, **self.attach)
@@ -672,8 +680,18 @@ cdef class Player:
                     context[0] = attached.context
         except BaseException as exception:
             callback_raised(exception)
+            if face is None or face.mm != mm:
+                mm_discard(mm)
+            self.spaces.pop(<size_t> mm, None)
             return False
         return True
+
+    cdef void forks(self, MM *parent) noexcept:
+        try:
+            self.inherited = heirs((<AddressSpace> self.spaces[<size_t> parent]).owners)
+        except BaseException as exception:
+            self.inherited = []
+            callback_raised(exception)
 
     cdef void disown(self, MM *mm) noexcept:
         self.signals()

@@ -792,7 +792,7 @@ cdef class AddressSpace:
         """
         cdef MM *child
         cdef AddressSpace face = AddressSpace.__new__(AddressSpace, self.mem)
-        cdef list inherited = heritage(self.owners) if self.owners is not None else []
+        cdef list inherited = heirs(self.owners) if self.owners else []
         self.enter()
         with nogil:
             child = mm_fork(self.mm)

@@ -7,8 +7,8 @@ from ioproc.vm.frames cimport (
     Frame, FrameBatch, batch_begin, batch_end, batch_free, batch_take, frame_at, frame_copy_contents, frame_map_again)
 from ioproc.vm.mm cimport (
     MM, PAGE_SIZE, PTE_DIRTY, PTE_EXCLUSIVE, PTE_SWAP, PTE_UNCOUNTED, PTE_WRITE, PTE_YOUNG, Memory, Precopy, Table, VMArea,
-    HOOKED, atomic_add, atomic_store)
-from ioproc.vm.page_table cimport TABLES_STAY, leaf_drop, leaf_make, leaf_next, pte_set, table_index
+    HOOKED, atomic_store)
+from ioproc.vm.page_table cimport leaf_drop, leaf_make, leaf_next, pte_set, table_index
 from ioproc.vm.swap cimport swap_entry_copied
 
 
@@ -80,10 +80,7 @@ cdef inline bint fork_range(MM *parent, MM *child, VMArea *vma, VMArea *child_vm
             copied += 1
             if likely(not pte & PTE_UNCOUNTED):
                 frames += 1
-                if likely(not parent.root.used & TABLES_STAY):
-                    frame_map_again(frame_at(mem, pte >> 12))
-                else:                       # a device may be reading it at this moment, with a reference
-                    atomic_add(&frame_at(mem, pte >> 12).counts, 1)
+                frame_map_again(mem, frame_at(mem, pte >> 12))
             elif pte & PTE_SWAP:
                 child.swapped += 1
                 swap_entry_copied(mem, pte)
@@ -116,7 +113,7 @@ cdef inline bint fork_shared_range(MM *parent, MM *child, const VMArea *vma) noe
                 pte_set(copy, i, pte & ~<u64> (PTE_YOUNG | PTE_DIRTY))
                 if not pte & PTE_UNCOUNTED:
                     child.rss += 1
-                    frame_map_again(frame_at(parent.mem, pte >> 12))
+                    frame_map_again(parent.mem, frame_at(parent.mem, pte >> 12))
         if copy.used == 0:
             leaf_drop(child.root, addr)
         addr = stop

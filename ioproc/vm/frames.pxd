@@ -233,9 +233,9 @@ cdef inline void batch_end(FrameBatch *batch) noexcept nogil:
 
 
 # Counts.  A frame whose only count is one mapping can be reached by nobody but the address space that maps it, and its
-# lock is held: there a plain store will do.  Every other change is atomic.
-cdef inline void frame_map_again(Frame *frame) noexcept nogil:
-    if likely(atomic_load(&frame.counts) == 1):
+# lock is held: there a plain store will do, unless there are devices.  Every other change is atomic.
+cdef inline void frame_map_again(const Memory *mem, Frame *frame) noexcept nogil:
+    if likely(atomic_load(&frame.counts) == 1 and not atomic_load(&mem.devices)):
         atomic_store(&frame.counts, 2)
     else:
         atomic_add(&frame.counts, 1)
@@ -244,7 +244,7 @@ cdef inline void frame_map_again(Frame *frame) noexcept nogil:
 cdef inline void frame_unmap(FrameBatch *batch, u64 pfn) noexcept nogil:
     cdef Frame *frame = frame_at(batch.mem, pfn)
     cdef u64 left = 0
-    if atomic_load(&frame.counts) != 1:
+    if atomic_load(&frame.counts) != 1 or unlikely(atomic_load(&batch.mem.devices) != 0):
         left = atomic_sub(&frame.counts, 1)
     if left == 0:                           # one place: else it is too long to be inlined
         batch_free(batch, pfn)

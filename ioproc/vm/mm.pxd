@@ -130,6 +130,7 @@ cdef struct Memory:
     u32 *slot_of                # by pfn: the slot of a frame in the swap cache
     u32 *free_slots             # those that were used, a stack
     u64 nslots
+    u64 devices                 # ever attached: they may hold any frame for a moment, without a lock
     Pool *pools[POOLS]          # made when the first of its threads comes
     # so far what never changes: what does is not on its cache line
     pthread_mutex_t pool_lock   # for what no pool has: the next three

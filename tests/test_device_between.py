@@ -1,0 +1,186 @@
+"""What may come between a driver's look at the page table and what it tells the device, and between telling and clearing.
+
+Beside test_device_races.py, which has the two races in their plainest form: every kind of operation, for every design that could
+lose by it.
+"""
+import faulthandler
+import sys
+import threading
+
+import pytest
+
+import ioproc
+from ioproc import _core
+from recording import BASE, PAGE, RO, RW, pages
+
+DONTNEED = 4
+SOON, LATE = 0.3, 60            # seconds: who has not come by then waits; is stuck
+
+
+@pytest.fixture(autouse=True)
+def no_deadlock():
+    faulthandler.dump_traceback_later(120, exit=True, file=sys.__stderr__)
+    yield
+    for point in ("teardown-gap", "establish", "read-begin"):
+        _core.schedule(point, None)
+    faulthandler.cancel_dump_traceback_later()
+
+
+def once(point, call):
+    """Call it where the first thread comes by the point."""
+    def called():
+        _core.schedule(point, None)
+        call()
+    _core.schedule(point, called)
+
+
+class Process:
+    """Four pages with "old" in them, and a device."""
+
+    def __init__(self, design, bounce_bytes=None, **options):
+        bounce = {"bounce_bytes": bounce_bytes} if bounce_bytes else {}
+        self.mm = ioproc.AddressSpace(ioproc.PhysicalMemory(frames=64, swap_slots=64), **options)
+        self.context = ioproc.Nic().attach(self.mm, **ioproc.DESIGNS[design], **bounce)
+        self.thread = None
+        pages(self.mm, 4)
+        self.fill(b"old")
+
+    def fill(self, data):
+        for page in range(4):
+            self.mm.write(BASE + page * PAGE, data)
+
+    def start_access(self, page):
+        """In a thread of its own; goes on when that has ended, or waits."""
+        self.raised = []
+
+        def access():
+            try:
+                self.context.access(BASE + page * PAGE, 1, write=True)
+            except ioproc.RemoteAccessError as error:
+                self.raised.append(error.cause)
+
+        self.thread = threading.Thread(target=access)
+        self.thread.start()
+        self.thread.join(SOON)
+        self.waited = self.thread.is_alive()
+
+    def end_access(self):
+        self.thread.join(LATE)
+        assert not self.thread.is_alive()
+
+    def caught(self, page):
+        """What the oracle says of one more access."""
+        try:
+            self.context.access(BASE + page * PAGE, 1)
+        except ioproc.RemoteAccessError:
+            pass
+        return {violation.kind for violation in self.context.violations()}
+
+
+OPERATIONS = {      # which let go of the lock between batches
+    "munmap": lambda mm: mm.munmap(BASE, 4 * PAGE),
+    "mmap over it": lambda mm: pages(mm, 4),
+    "MADV_DONTNEED": lambda mm: mm.madvise(BASE, 4 * PAGE, DONTNEED),
+}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("design", ["mm+fault", "vma+fault", "mm+preload-registered", "mm+preload"])
+def test_what_is_loaded_in_the_gap_is_stale(design, operation):
+    """With the chain alone: the device was told, before."""
+    process = Process(design, teardown_batch=1)
+    process.context.access(BASE, 4 * PAGE, write=True)
+    once("teardown-gap", lambda: process.start_access(3))
+    OPERATIONS[operation](process.mm)
+    process.end_access()
+    assert not process.waited and not process.raised
+    assert process.caught(3) == {"frame"}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("design", ["interval+fault", "interval+preload-registered"])
+def test_nothing_is_loaded_in_the_gap(design, operation):
+    process = Process(design, teardown_batch=1)
+    process.context.access(BASE, 4 * PAGE, write=True)
+    once("teardown-gap", lambda: process.start_access(3))
+    OPERATIONS[operation](process.mm)
+    process.end_access()
+    assert process.waited and process.raised == (["unmapped"] if operation == "munmap" else [])
+    assert process.caught(3) == set()
+
+
+CHANGES = {         # what may come between looking at an entry and loading it, and what the device finds after it
+    "other memory": (lambda process: (pages(process.mm, 4), process.fill(b"new")), b"new"),
+    "unmapped": (lambda process: process.mm.munmap(BASE, 4 * PAGE), "unmapped"),
+    "read-only": (lambda process: process.mm.mprotect(BASE, 4 * PAGE, RO), "permission"),
+    "read-only and back": (lambda process: [process.mm.mprotect(BASE, 4 * PAGE, prot) for prot in (RO, RW)], b"old"),
+    "forgotten": (lambda process: process.mm.madvise(BASE, 4 * PAGE, DONTNEED), b"\0\0\0"),
+    "copied by fork": (lambda process: (process.mm.fork(), process.fill(b"new")), b"new"),
+    "swapped out": (lambda process: process.mm.madvise(BASE, 4 * PAGE, 21), b"old"),
+    "moved away": (lambda process: process.mm.mremap(BASE, 4 * PAGE, 4 * PAGE, 3, BASE + 64 * PAGE), "unmapped"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("batch", [0, 1])
+def test_a_load_that_an_operation_comes_between_is_repeated(change, batch):
+    process = Process("interval+fault", teardown_batch=batch)
+    call, found = CHANGES[change]
+    once("establish", lambda: call(process))
+    try:
+        process.context.rdma_write(BASE + PAGE + 100, b"device")
+    except ioproc.RemoteAccessError as error:
+        assert error.cause == found
+    else:
+        assert process.mm.read(BASE + PAGE, 3) == found and process.mm.read(BASE + PAGE + 100, 6) == b"device"
+    assert process.context.stats["retries"] == 1
+    assert process.caught(1) == set()
+
+
+@pytest.mark.parametrize("change", ["other memory", "unmapped", "read-only", "forgotten", "copied by fork", "moved away"])
+def test_without_the_retry_it_is_stale(change):
+    process = Process("interval+fault")
+    _core.break_interval(process.mm, process.context, retry=True)
+    once("establish", lambda: CHANGES[change][0](process))
+    process.context.access(BASE + PAGE, 1, write=True)
+    assert process.context.stats["retries"] == 0
+    assert process.caught(1) == {"permission" if change == "read-only" else "frame"}
+
+
+def test_a_load_beside_an_operation_elsewhere_is_not_repeated():
+    process = Process("interval+fault")
+    pages(process.mm, 1, at=BASE + 16 * PAGE)
+    once("establish", lambda: process.mm.munmap(BASE + 16 * PAGE, PAGE))
+    process.context.access(BASE + PAGE, 1, write=True)
+    assert process.context.stats["retries"] == 0
+
+
+@pytest.mark.parametrize("design", ["mm+fault", "vma+preload", "interval+fault", "mm+pin-cache+hooks", "bounce"])
+def test_an_operation_waits_for_the_access_in_flight(design):
+    """A device that is moving bytes has done so when the callback returns: nobody is given its frames before."""
+    process = Process(design, bounce_bytes=PAGE)
+    data = bytes(range(256)) * 64
+    stop = threading.Event()
+
+    def device():
+        while not stop.is_set():
+            try:
+                process.context.rdma_write(BASE, data)
+            except ioproc.RemoteAccessError:
+                pass
+
+    thread = threading.Thread(target=device)
+    thread.start()
+    try:
+        for _ in range(500):
+            pages(process.mm, 4)
+            other = ioproc.AddressSpace(process.mm.mem)
+            process.mm.munmap(BASE, 4 * PAGE)
+            pages(other, 16)
+            other.touch(BASE, 16 * PAGE, write=True)
+            assert not any(other.read(BASE, 16 * PAGE))         # zeros, in frames that the device had
+            other.exit()
+    finally:
+        stop.set()
+        thread.join()
+    assert process.context.violations() == []
