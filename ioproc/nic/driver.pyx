@@ -508,7 +508,6 @@ cdef void bounce_free(NicContext *context) noexcept nogil:
     pthread_mutex_lock(&context.nic.lock)
     count_pinned(context, -context.bounce_pages)
     pthread_mutex_unlock(&context.nic.lock)
-    context.bounce_pages = 0
     free(context.bounce)
     context.bounce = NULL
 

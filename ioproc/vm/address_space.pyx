@@ -1111,7 +1111,8 @@ cdef char *page_contents(Memory *mem, u64 pte, bint write) noexcept nogil:
         return huge_contents(mem, pte_pfn(pte), write)
     if write:
         return frame_contents(mem, pte_pfn(pte))
-    return NULL if pte & PTE_ZERO else frame_at(mem, pte_pfn(pte)).contents
+    # who makes it at this moment may be another address space, or a device
+    return NULL if pte & PTE_ZERO else <char *> atomic_load(<u64 *> &frame_at(mem, pte_pfn(pte)).contents)
 
 
 cdef char *frame_contents(Memory *mem, u64 pfn) noexcept nogil:
