@@ -4,6 +4,7 @@ A context has translations of pages (`loaded`), and a driver that fills them: by
 are moved by what is translated, right or not; the oracle compares each translation with the page table as it is used.
 Counts are kept where the rules fix them; the translation cache, which only changes what an access costs, is not here.
 """
+import itertools
 from collections import Counter, namedtuple
 
 import model
@@ -79,9 +80,10 @@ class Followed(model.MM):
             context.end()
 
     def fork(self):
+        registered = {context: list(context.regions.list) for context in self.devices(fork="inherit")}
         child = super().fork()
-        for context in self.devices(fork="inherit"):
-            context.nic.add(child, context.design).inherit(context)
+        for context, regions in registered.items():     # which fork may have taken away from the parent
+            context.nic.add(child, context.design).inherit(context, regions)
         return child
 
 
@@ -203,7 +205,7 @@ class Context:
         if self.placement == "mm":
             mm.register_ops(self.ops)
 
-    def inherit(self, parent):
+    def inherit(self, parent, regions):
         """What takes part in the parent does in its child, and is registered there too if it can be."""
         for vma in list(self.mm.list) if self.placement == "vma" else ():
             like = parent.mm.find(vma.start)
@@ -211,7 +213,7 @@ class Context:
                 self.mm.register_ops(self.ops, vma.start, vma.end - vma.start)
         for start, end in sorted(parent.intervals):
             self.attach_intervals(start, end)
-        for region in sorted(parent.regions.list, key=lambda region: region.start):
+        for region in sorted(regions, key=lambda region: region.start):
             try:
                 self.regions.put(self.regions.get(region.start, region.end, region.write))
             except RemoteAccessError:
@@ -353,9 +355,12 @@ class Context:
             self.attach_intervals(start, end)
             interval = next((a, b) for a, b in self.intervals if a <= page < b)
             words = self.look(page, write, interval[1])
-            while interval in self.told:        # by what faulting it in changed: it is looked up again
+            for collisions in itertools.count(1):
+                if interval not in self.told:
+                    break
+                # told by what faulting it in changed: it is looked up again; in the end alone, or pages take each other's frames
                 self.counts["retries"] += 1
-                words = self.look(page, write, interval[1])
+                words = self.look(page, write, interval[1] if collisions < 2 else page + PAGE)
             self.loaded.update(words)
             return
         self.page_in(page, write)
@@ -369,9 +374,8 @@ class Context:
             if self.placement == "vma" and self.ops not in self.mm.find(other).chain:
                 break
             self.loaded[other] = self.word(pte, write)
-        pte = self.pte(page)            # with frames short, the others may have taken its own
-        if isinstance(pte, Pte):
-            self.loaded[page] = self.word(pte, write)
+        # with frames short, the others may have taken its own
+        self.loaded[page] = self.word(self.page_in(page, write), write)
 
     def look(self, page, write, limit):
         """What is to be loaded, if nothing comes between."""
