@@ -356,7 +356,8 @@ def run(options, loaded, designs):
         costs["call_ns"] = options.call_ns
     told = [(name, trace, placements(name, trace, shares, kinds, options.seed, options.seeds)) for name, trace in loaded]
     answers = [answer(*one, costs["call_ns"], costs["register_ns"]) for one in told]
-    compared = {name: compare(talking(trace, options.seed), *designs) for name, trace in loaded}
+    turns = 1 if options.quick else 5
+    compared = {name: compare(talking(trace, options.seed), *designs, turns=turns) for name, trace in loaded}
     if options.plot:
         draw(compared, options.plot)
     progress("")
@@ -404,7 +405,7 @@ in buffers, {} messages each). UNSAFE: the device used a frame or a permission t
 callbacks: of the device, of these useful; inval.: those that take something away; NIC faults: the driver was asked;
 hits: in the NIC's translation cache; regs: registrations; pinned peak: pages; errors: transfers that failed;
 VMAs: more than without a device. modelled: counts times --cost's parameters, nothing measured is in it; measured: this
-replay's processor time beyond that of one without a device. Cheapest modelled first."""
+replay's processor time beyond that of one without a device (<: below the noise). Cheapest modelled first."""
 
 
 def print_designs(compared):

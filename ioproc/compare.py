@@ -37,8 +37,10 @@ class Row:
     modelled : dict
         ns by component and their ``"total"``, as `Cost.model` makes them of the counts.
     measured_ns : float
-        Processor time of the replay, beyond that of the same replay without a device: the median of the turns.  What the model's
-        own device and driver take here, and no property of a NIC.
+        Processor time of the replay, beyond that of the same replay without a device: the least of the turns, and not below 0.
+        What the model's own device and driver take here, and no property of a NIC.
+    noise_ns : float
+        How much the replays without a device differed, from the least to the median: what is below it says nothing.
     vmas_added : int
         At the peak, of all processes together, beyond those without a device.
     disagreement : float
@@ -53,6 +55,7 @@ class Row:
     stats: dict[str, int]
     modelled: dict[str, float]
     measured_ns: float
+    noise_ns: float
     vmas_added: int
     disagreement: float
     first_violations: tuple[Violation, ...]
@@ -89,7 +92,7 @@ class Row:
                 "hit_share": self.hit_share, "vmas_added": self.vmas_added, "disagreement": self.disagreement,
                 "modelled_ns": self.modelled_ns,
                 **{f"{component.replace(' ', '_')}_ns": self.modelled[component] for component in COMPONENTS},
-                "measured_ns": self.measured_ns}
+                "measured_ns": self.measured_ns, "noise_ns": self.noise_ns}
 
 
 class Comparison(Sequence):
@@ -136,7 +139,7 @@ class Comparison(Sequence):
         """A structured array, one row for each design.
 
         The fields are ``design``, ``safe``, every count of `Nic.stats`, ``useful_share``, ``hit_share``, ``vmas_added``,
-        ``disagreement``, ``modelled_ns`` and each of its components, ``measured_ns``.
+        ``disagreement``, ``modelled_ns`` and each of its components, ``measured_ns``, ``noise_ns``.
         """
         figures = [row.figures() for row in self.rows]
         kinds = {bool: "?", int: "<i8", float: "<f8"}
@@ -176,9 +179,10 @@ def _counts(row):
         return ["-"] * (len(_COLUMNS) - 2)
     useful, hits = ("-" if share != share else percent(100 * share) for share in (row.useful_share, row.hit_share))
     number = {name: f"{count:,}" for name, count in row.stats.items()}
+    measured = duration(row.measured_ns) if row.measured_ns > row.noise_ns else f"< {duration(row.noise_ns)}"
     return [number["callbacks"], useful, number["invalidations"], number["faults"], hits, number["registrations"],
             number["pinned_peak"], number["violations"], number["errors"], f"{row.vmas_added:+,}" if row.vmas_added else "0",
-            duration(row.modelled_ns), duration(row.measured_ns)]
+            duration(row.modelled_ns), measured]
 
 
 def design(of: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -230,7 +234,7 @@ def compare(trace_or_workload: Trace | str, designs: Iterable[str | Mapping[str,
     frames, swap_slots : int, optional
         Physical memory.  Default: what the history's metadata asks for, else more than enough, and no swap.
     turns : int
-        How often each is replayed, in turn; the measured time is the median.  The counts are the same each time.
+        How often each is replayed, in turn, for the measured time, which is of the fastest.  The counts are the same each time.
 
     Returns
     -------
@@ -257,21 +261,24 @@ def compare(trace_or_workload: Trace | str, designs: Iterable[str | Mapping[str,
               "swap_slots": _asked(trace, "swap_slots", 0) if swap_slots is None else swap_slots}
     results: dict[str, Replay | MemoryError] = {}
     spent: dict[str, list[float]] = {name: [] for name, _ in chosen}
+    without: list[float] = []
     try:
         for turn in range(turns):
             progress("no device")
             nothing = replay(trace, **memory)
+            without.append(1e9 * nothing.cpu_seconds)
             for number, (name, attach) in enumerate(chosen, 1):
                 progress(f"{name} ({number + turn * len(chosen)}/{turns * len(chosen)})")
                 try:
                     with Nic(**nic) as device:
                         results[name] = replay(trace, nic=device, attach=attach, **memory)
-                    spent[name].append(1e9 * (results[name].cpu_seconds - nothing.cpu_seconds))
+                    spent[name].append(1e9 * results[name].cpu_seconds)
                 except MemoryError as error:        # what is pinned is not reclaimed
                     results[name] = error
+        without.append(1e9 * replay(trace, **memory).cpu_seconds)
     finally:
         progress("")
-    return Comparison([_row(name, attach, results[name], nothing, cost, spent[name]) for name, attach in chosen],
+    return Comparison([_row(name, attach, results[name], nothing, cost, spent[name], without) for name, attach in chosen],
                       trace, nic, cost, nothing)
 
 
@@ -306,11 +313,12 @@ def _asked(trace, name, default):
     return value if isinstance(value, int) and 0 < value <= FRAMES else default
 
 
-def _row(name, attach, result, nothing, cost, spent):
+def _row(name, attach, result, nothing, cost, spent, without):
+    noise = statistics.median(without) - min(without)
     if isinstance(result, MemoryError):
         stats = dict.fromkeys(Nic().stats, 0)
-        return Row(name, attach, stats, cost.model(stats), float("nan"), 0, float("nan"), (), str(result))
-    return Row(name, attach, result.device, cost.model(result.device), statistics.median(spent),
+        return Row(name, attach, stats, cost.model(stats), float("nan"), noise, 0, float("nan"), (), str(result))
+    return Row(name, attach, result.device, cost.model(result.device), max(min(spent) - min(without), 0.0), noise,
                result.vmas_peak - nothing.vmas_peak, result.disagreement, result.violations)
 
 

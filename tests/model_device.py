@@ -80,10 +80,10 @@ class Followed(model.MM):
             context.end()
 
     def fork(self):
-        registered = {context: list(context.regions.list) for context in self.devices(fork="inherit")}
+        heirs = [(context, context.regions.ranges()) for context in self.devices(fork="inherit")]
         child = super().fork()
-        for context, regions in registered.items():     # which fork may have taken away from the parent
-            context.nic.add(child, context.design).inherit(context, regions)
+        for context, registrations in heirs:
+            context.nic.add(child, context.design).inherit(context, registrations)
         return child
 
 
@@ -91,7 +91,6 @@ class Region:
     def __init__(self, start, end, write):
         self.start, self.end, self.write = start, end, write
         self.refs, self.words = 0, None
-        self.stale = False              # invalidated while it was being registered
 
 
 class Regions:
@@ -99,7 +98,7 @@ class Regions:
 
     def __init__(self, context, most, most_bytes):
         self.context, self.most, self.most_bytes = context, most, most_bytes
-        self.list, self.pending = [], None
+        self.list = []
 
     def get(self, start, end, write):
         alone = False
@@ -110,20 +109,15 @@ class Regions:
                     return self.hold(region)
             asked = Region(start // PAGE * PAGE, align(end), write)
             merged = None if alone else self.merged(asked)
-            made = self.pending = merged or asked
+            made = merged or asked
             try:
                 self.context.register_region(made)
+                break
             except RemoteAccessError:
                 if not merged:
                     self.context.counts["regcache_misses"] += 1
                     raise
                 alone = True
-                continue
-            finally:
-                self.pending = None
-            if not made.stale:
-                break
-            self.context.deregister_region(made)
         self.context.counts["regcache_misses"] += 1
         taken_in = self.over(made.start, made.end)
         self.list = [region for region in self.list if region not in taken_in] + [self.hold(made)]
@@ -155,6 +149,9 @@ class Regions:
         elif not region.refs:
             self.context.deregister_region(region)
 
+    def ranges(self):
+        return sorted((region.start, region.end, region.write) for region in self.list)
+
     def over(self, start, end):
         return [region for region in self.list if region.start < end and start < region.end]
 
@@ -168,11 +165,6 @@ class Regions:
         for region in regions:
             if not region.refs:
                 self.context.deregister_region(region)
-
-    def invalidate(self, start, end):
-        self.leave(start, end)
-        if self.pending and self.pending.start < end and start < self.pending.end:
-            self.pending.stale = True
 
     def evict(self):
         while (self.most and len(self.list) > self.most
@@ -205,7 +197,7 @@ class Context:
         if self.placement == "mm":
             mm.register_ops(self.ops)
 
-    def inherit(self, parent, regions):
+    def inherit(self, parent, registrations):
         """What takes part in the parent does in its child, and is registered there too if it can be."""
         for vma in list(self.mm.list) if self.placement == "vma" else ():
             like = parent.mm.find(vma.start)
@@ -213,9 +205,9 @@ class Context:
                 self.mm.register_ops(self.ops, vma.start, vma.end - vma.start)
         for start, end in sorted(parent.intervals):
             self.attach_intervals(start, end)
-        for region in sorted(regions, key=lambda region: region.start):
+        for start, end, write in registrations:
             try:
-                self.regions.put(self.regions.get(region.start, region.end, region.write))
+                self.regions.put(self.regions.get(start, end, write))
             except RemoteAccessError:
                 pass
 
@@ -238,7 +230,7 @@ class Context:
 
     def invalidate(self, start, end):
         if self.translation == "pin-cache+hooks":
-            self.regions.invalidate(start, end)
+            self.regions.leave(start, end)
         self.drop(start, end)
 
     def drop(self, start, end):
@@ -246,7 +238,7 @@ class Context:
 
     def restrict(self, start, end):
         if self.translation == "pin-cache+hooks":
-            self.regions.invalidate(start, end)
+            self.regions.leave(start, end)
         for page, word in self.loaded.items():
             if start <= page < end:
                 self.loaded[page] = word._replace(writable=False)

@@ -178,9 +178,13 @@ def test_what_fork_costs(tables):
 
 def test_what_a_child_inherits(tables):
     rows = by(tables["child"], "design", "fork")
-    early, late = (rows["mm+preload-registered", way] for way in ("inherit", "revised"))
-    assert early["first messages ns"] < late["first messages ns"] / 10 and early["at fork ns"] > late["at fork ns"]
-    assert early["first messages: registrations"] == 0 < early["at fork: registrations"]
+    for design in ("mm+preload-registered", "mm+pin-cache+hooks"):
+        early, late = (rows[design, way] for way in ("inherit", "revised"))
+        assert early["first messages ns"] < late["first messages ns"] / 10 and early["at fork ns"] > late["at fork ns"]
+        assert early["first messages: registrations"] == 0 < early["at fork: registrations"]
+        total = [row["at fork ns"] + row["first messages ns"] for row in (early, late)]
+        assert 0.9 < total[0] / total[1] < 1.1
+    assert {**rows["mm+fault", "inherit"], "fork": "-"} == {**rows["mm+fault", "revised"], "fork": "-"}
 
 
 # ---- static images

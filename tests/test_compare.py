@@ -1,6 +1,7 @@
 """Comparing designs: what the table says, that it is what the replays counted, and that no unsafe design is ever first."""
 import csv
 import dataclasses
+import gc
 import io
 import json
 import math
@@ -93,17 +94,22 @@ def test_modelled_time_is_counts_times_parameters(compared, churn):
 
 
 def test_measured_time_is_beyond_that_of_no_device(churn, monkeypatch):
-    spent = iter([100, 107, 130, 1000, 1001, 1040, 50, 59, 70])
+    spent = iter([100, 107, 130, 1000, 1001, 1040, 50, 59, 90, 60])
 
     def replay_(*arguments, **options):
         return dataclasses.replace(replay(*arguments, **options), cpu_seconds=next(spent) / 1e9)
     monkeypatch.setattr(compare, "replay", replay_)
     rows = compare_(churn, ["mm+fault", "bounce"], turns=3)
-    assert [row.measured_ns for row in rows] == pytest.approx([7, 30])
+    assert [row.measured_ns for row in rows] == pytest.approx([9, 40])
+    assert [row.noise_ns for row in rows] == pytest.approx([30, 30])
+    lines = {line.split()[1]: line for line in str(rows).split("modelled time")[0].splitlines() if line[:1].isdigit()}
+    assert lines["mm+fault"].endswith(" < 30 ns")
+    assert lines["bounce"].endswith("  40 ns")
 
 
 def test_measured_time_is_real(churn):
-    assert 0 < compare_(churn, ["pin"], turns=3)[0].measured_ns < 1e9
+    for row in compare_(churn, ["pin", "bounce"], turns=3):
+        assert 0 <= row.measured_ns < 1e9 > row.noise_ns >= 0
 
 
 def test_as_an_array(compared):
@@ -177,6 +183,15 @@ def test_a_design_that_runs_out_of_memory(churn, monkeypatch):
     assert comparison.ranked() == [comparison["pin"], row]
     assert "\npin-cache: replay stopped in event 7: out of frames\n" in str(comparison)
     assert math.isnan(comparison.to_numpy()["measured_ns"][0])
+
+
+def test_a_nic_that_does_not_fit():
+    """Its bounce buffer alone is larger than the memory."""
+    trace = workload.pressure(memory=1 << 20, buffers=4, messages=50)
+    comparison = compare_(trace, ["bounce", "pin"], turns=3)
+    gc.collect()
+    assert "out of frames" in comparison["bounce"].failed
+    assert comparison["pin"].safe
 
 
 def test_without_a_device_it_has_to_fit(churn):
@@ -372,4 +387,4 @@ def test_interrupted_progress_leaves_no_line():
     told = os.read(ours, 10_000)
     os.close(ours)
     assert done.returncode == 0
-    assert b"pin (1/1)" in told and told.endswith(b"\r\x1b[K")
+    assert b"pin (1/3)" in told and told.endswith(b"\r\x1b[K")

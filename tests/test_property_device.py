@@ -25,8 +25,8 @@ LIMITS = {"frames": 14, "swap_slots": 60}
 DESIGNS = {
     **{name: {"attach": design} for name, design in ioproc.DESIGNS.items() if name != "bounce"},
     **{f"{name}/{fork}": {"attach": {**ioproc.DESIGNS[name], "fork": fork}} for fork in ("inherit", "precopy")
-       for name in ("mm+fault", "vma+fault", "mm+pin-cache+hooks", "mm+preload-registered")},
-    "interval+fault/inherit": {"attach": {**ioproc.DESIGNS["interval+fault"], "fork": "inherit"}},
+       for name in ("mm+fault", "vma+fault", "interval+fault", "mm+pin-cache+hooks", "mm+preload-registered")
+       if (name, fork) != ("interval+fault", "precopy")},       # which is refused
     "mm+fault, few frames": {"attach": ioproc.DESIGNS["mm+fault"], **LIMITS},
     "interval+fault, few frames": {"attach": ioproc.DESIGNS["interval+fault"], **LIMITS},
     "mm+preload, few frames": {"attach": ioproc.DESIGNS["mm+preload"], **LIMITS},
@@ -178,7 +178,8 @@ class DeviceProgram(sequences.Program):
     @step(25, steps, space=EARLY, page=st.integers(2, 9), before=st.booleans(), byte=st.integers(1, 255),
           change=st.sampled_from([
               ("mprotect", 1), ("mprotect", 1, 3), ("mprotect", 0, 3), ("madvise", 4), ("madvise", 8), ("madvise", 21),
-              ("munmap",), ("mmap", 3, 0x32), ("mmap", 3, 0x31), ("mremap",), ("fork",), ("fork", "write"), ("write",), ("reclaim",)]))
+              ("munmap",), ("mmap", 3, 0x32), ("mmap", 3, 0x31), ("mremap",), ("fork",), ("fork", "write"),
+              ("write",), ("reclaim",)]))
     def transfers_around(self, space, page, before, byte, change):
         """The device uses a page before and after something happens to it."""
         name, *how = change

@@ -213,6 +213,9 @@ def test_regions_in_use_are_never_evicted():
     device.cache.put(held[0])
     device.cache.put(held[2])
     assert device.regions() == [(30, 1, "rw")]
+    with device.get(30):                                        # used before, so the oldest, and in use again
+        device.use(40)
+        assert device.regions() == [(30, 1, "rw")]
 
 
 # ---- invalidation

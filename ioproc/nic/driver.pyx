@@ -65,7 +65,8 @@ cdef void context_told(NicContext *context, u64 start, u64 end, bint restrict) n
     cdef u64 changed
     cdef u64 left = 0
     if context.translation == PIN_CACHE_HOOKS:
-        left = regcache_invalidate(&context.registered, start, end)
+        # a page that a registration itself faults in is pinned after that
+        left = regcache_take_out(&context.registered, start, end, not context.registering)
     pthread_mutex_lock(&context.nic.lock)
     changed = context_restrict(context, start, end) if restrict else context_drop(context, start, end)
     if restrict:
@@ -571,6 +572,7 @@ cdef int register_pinned(void *arg, u64 start, u64 end, u32 access, void **handl
         return -CAUSE_ERRNO - NO_FRAME
     mm_lock(mm)
     thread_set_inside(mm)
+    context.registering = True
     if context.gone or mm.dead:
         why = DETACHED
     transfer.start = start
@@ -594,6 +596,7 @@ cdef int register_pinned(void *arg, u64 start, u64 end, u32 access, void **handl
         context.counts.preloaded += pinned.n
         count_pinned(context, pinned.n)
         pthread_mutex_unlock(&context.nic.lock)
+    context.registering = False
     thread_set_inside(NULL)
     mm_unlock(mm)
     if why:

@@ -128,6 +128,7 @@ cdef struct NicContext:            # one process on one NIC
     bint awaited                # somebody waits for those of the phase before
     RegCache registered
     bint has_registered
+    bint registering            # pins, under the lock of the address space
     u64 max_regions             # 0: no limit
     u64 max_bytes
     Attachment **attachments    # by address, disjoint

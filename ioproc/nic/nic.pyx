@@ -222,8 +222,8 @@ cdef class Nic:
         if placement not in TRANSLATION_PLACEMENTS[translation]:
             raise ValueError(f"placement = {placement!r} with translation = {translation!r}: {REFUSALS[translation]}")
         if placement == "interval" and fork in ("posted", "precopy"):
-            raise ValueError(f"fork = {fork!r} with placement = 'interval': its notifiers are told of a whole mapping before fork "
-                             "goes over it: nothing is kept from them, and nothing is left to copy")
+            raise ValueError(f"fork = {fork!r} with placement = 'interval': its notifiers are told of a mapping before fork copies "
+                             "it: nothing is kept from them, and nothing is left to copy")
         if not 1 <= pages <= PREFAULT_MOST:
             raise ValueError(f"prefault = {prefault}: not in 1 .. {<int> PREFAULT_MOST} pages")
         if bounce == 0 or bounce > 1 << 18:
@@ -318,6 +318,7 @@ cdef class Nic:
         return f"<ioproc.Nic: {self.nic.live} translations of {n} process{'es' * (n != 1)}>"
 
 
+@cython.no_gc_clear               # its end needs the NIC
 cdef class Context:
     """A process on a NIC, from `Nic.attach`."""
     cdef NicContext *context
@@ -405,6 +406,7 @@ cdef class Context:
         """Attach; the address space owns the context from now on."""
         cdef NicContext *context = self.context
         cdef Nic nic = self.nic
+        cdef NIC *card = nic.nic
         cdef MM *mm
         cdef bint done = True
         cdef int error
@@ -416,12 +418,12 @@ cdef class Context:
             mm_hold(mm)
             context.mm = mm
             with nogil:
-                pthread_mutex_lock(&nic.nic.lock)
-                nic.nic.attached += 1
-                context.number = nic.nic.attached
-                context.next = nic.nic.contexts
-                nic.nic.contexts = context
-                pthread_mutex_unlock(&nic.nic.lock)
+                pthread_mutex_lock(&card.lock)
+                card.attached += 1
+                context.number = card.attached
+                context.next = card.contexts
+                card.contexts = context
+                pthread_mutex_unlock(&card.lock)
                 if context.translation == BOUNCE:
                     done = bounce_new(context, bounce)
                 error = context_attach(context) if done else -ENOMEM
@@ -742,6 +744,7 @@ cdef u64 accessible(MM *mm, u64 addr, u64 length, bint write) noexcept nogil:
     return at - addr
 
 
+@cython.no_gc_clear               # its end needs the context
 cdef class Registration:
     """
     Memory registered with a device, from `Context.register`.
@@ -770,7 +773,7 @@ cdef class Registration:
             if context.has_registered:
                 why = regcache_get(&context.registered, start, end - start, access_of(write), &self.region)
                 if why:
-                    why = cause_of_cache(why)
+                    why = DETACHED if context_gone(context) else cause_of_cache(why)
             elif context.translation == PIN:
                 self.own.start = start
                 self.own.end = end

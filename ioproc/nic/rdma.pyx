@@ -241,9 +241,13 @@ cdef int context_transfer(NicContext *context, u64 addr, u64 length, bint write,
         why = access_registered(context, &transfer, length, data, completed)
     else:
         why = device_access(context, &transfer, addr, length, data, completed)
+    transfer_done(context, completed[0], why)
+    return why
+
+
+cdef void transfer_done(NicContext *context, u64 completed, int why) noexcept nogil:
     pthread_mutex_lock(&context.nic.lock)
     context.counts.transfers += 1
-    context.counts.bytes += completed[0]
+    context.counts.bytes += completed
     context.counts.errors += why != DONE
     pthread_mutex_unlock(&context.nic.lock)
-    return why

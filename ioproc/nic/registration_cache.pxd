@@ -576,19 +576,15 @@ cdef inline void regcache_put(RegCache *cache, Region *region) noexcept nogil:
     regcache_deregister(cache, left)
 
 
-cdef inline u64 regcache_invalidate(RegCache *cache, u64 start, u64 end) noexcept nogil:
-    """
-    The memory in [start, end) changes: every region that overlaps leaves the cache, and is deregistered now (`defer`: soon) or
-    with its last put; what is just being registered will not be given out.  How many left.
-
-    For hooks, under the address space's lock: never waits for a registration.
-    """
+cdef inline u64 regcache_take_out(RegCache *cache, u64 start, u64 end, bint pending) noexcept nogil:
+    """`regcache_invalidate`; without `pending` what is just being registered is given out all the same."""
     cdef Region *left = NULL
     cdef u64 n
     if start >= end:
         return 0
     pthread_mutex_lock(&cache.lock)
-    pending_invalidate(cache, start, end)
+    if pending:
+        pending_invalidate(cache, start, end)
     if cache.defer:
         n = regions_leave(cache, start, end, False, &cache.left)
     else:
@@ -597,6 +593,16 @@ cdef inline u64 regcache_invalidate(RegCache *cache, u64 start, u64 end) noexcep
     pthread_mutex_unlock(&cache.lock)
     regcache_deregister(cache, left)
     return n
+
+
+cdef inline u64 regcache_invalidate(RegCache *cache, u64 start, u64 end) noexcept nogil:
+    """
+    The memory in [start, end) changes: every region that overlaps leaves the cache, and is deregistered now (`defer`: soon) or
+    with its last put; what is just being registered will not be given out.  How many left.
+
+    For hooks, under the address space's lock: never waits for a registration.
+    """
+    return regcache_take_out(cache, start, end, True)
 
 
 cdef inline void regcache_flush(RegCache *cache) noexcept nogil:

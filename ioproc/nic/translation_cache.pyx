@@ -104,6 +104,9 @@ cdef class TranslationCache:
         """
         cdef const u64[::1] array = page_array(pages)
         cdef Cache *cache = self.cache
+        cdef u64 *hits_so_far = &self.hits
+        cdef u64 *misses_so_far = &self.misses
+        cdef u64 *evictions_so_far = &self.evictions
         cdef u64 n = array.shape[0]
         cdef u64 hits = 0
         cdef u64 evictions = 0
@@ -124,9 +127,9 @@ cdef class TranslationCache:
                         hits += 1
                     elif cache_put(cache, key, 0):
                         evictions += 1
-            self.hits += hits
-            self.misses += n - hits
-            self.evictions += evictions
+            hits_so_far[0] += hits
+            misses_so_far[0] += n - hits
+            evictions_so_far[0] += evictions
             pthread_mutex_unlock(&self.lock)
         return hits
 

@@ -204,12 +204,12 @@ cdef bint process_adopt(Replay *replay, Process *process, MM *mm, MM *parent) no
     if mm == NULL:
         return False
     space = space_new(replay, mm)
-    owned = space != NULL
-    if owned:
-        with gil:
-            owned = (<Player> replay.face).own(mm, process.pid, parent, &space.context)
-    if not owned:
+    if space == NULL:
         mm_discard(mm)
+        return False
+    with gil:
+        owned = (<Player> replay.face).own(mm, process.pid, parent, &space.context)
+    if not owned:
         free(space)
         return False
     process.space = space
@@ -545,9 +545,12 @@ cdef void replay_transfer(Replay *replay, Space *space, const Event *event) noex
     """A message of the NIC's; what goes wrong with it is counted there."""
     cdef u64 vmas = space.mm.map_count
     cdef u64 completed
-    if space.context == NULL or event.length > TASK_SIZE or event.addr > TASK_SIZE - event.length:
+    if space.context == NULL:
         return
-    context_transfer(space.context, event.addr, event.length, event.access == 2, NULL, &completed)
+    if event.length > TASK_SIZE or event.addr > TASK_SIZE - event.length:
+        transfer_done(space.context, 0, NO_MAPPING)
+    else:
+        context_transfer(space.context, event.addr, event.length, event.access == 2, NULL, &completed)
     replay.vmas += space.mm.map_count - vmas
     if replay.vmas > replay.vmas_peak:
         replay.vmas_peak = replay.vmas
@@ -659,7 +662,8 @@ cdef class Player:
         free(self.caches)           # replay_end has taken the processes
 
     cdef bint own(self, MM *mm, int pid, MM *parent, NicContext **context) noexcept:
-        cdef AddressSpace face
+        """Give it a face, and its place on the NIC.  False: it is gone."""
+        cdef AddressSpace face = None
         cdef Context attached = None
         self.signals()
         try:
@@ -676,6 +680,9 @@ cdef class Player:
                     context[0] = attached.context
         except BaseException as exception:
             callback_raised(exception)
+            if face is None or face.mm != mm:
+                mm_discard(mm)
+            self.spaces.pop(<size_t> mm, None)
             return False
         return True
 
