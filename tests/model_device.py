@@ -545,7 +545,7 @@ class Context:
     def rdma_write(self, addr, data):
         def put(frame, piece, at):
             piece[:] = data[at - addr:at - addr + len(piece)]
-            if self.translation != "bounce" and frame.counted:
+            if self.translation != "bounce" and frame.file is not None:
                 frame.dirty = True          # whatever the page table says
         self.transfer(addr, len(data), True, put)
 

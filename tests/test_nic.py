@@ -479,6 +479,10 @@ def test_the_side_that_fails_is_told_of(out):
 @pytest.mark.parametrize("way", ["revised", "inherit", "precopy"])
 def test_after_fork_the_device_is_of_the_parent(design, way):
     mm = process()
+    if design.startswith("interval") and way == "precopy":
+        with pytest.raises(ValueError, match="nothing is left to copy"):
+            attach(mm, design, fork=way)
+        return
     ctx = attach(mm, design, fork=way, bounce_bytes=2 * P)
     ctx.rdma_write(BASE, b"1" * 4 * P)
     child = mm.fork()
