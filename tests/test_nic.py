@@ -475,8 +475,8 @@ def test_the_side_that_fails_is_told_of(out):
 
 # ---- fork
 
-@pytest.mark.parametrize("design", SAFE)
-@pytest.mark.parametrize("way", ["revised", "inherit", "precopy"])
+@pytest.mark.parametrize(("design", "way"), [(design, way) for design in SAFE for way in ("revised", "inherit", "precopy")
+                                             if way != "precopy" or not design.startswith("interval")])
 def test_after_fork_the_device_is_of_the_parent(design, way):
     mm = process()
     ctx = attach(mm, design, fork=way, bounce_bytes=2 * P)
@@ -721,6 +721,12 @@ def test_combinations_that_make_no_sense_are_refused_with_the_reason():
             else:
                 with pytest.raises(ValueError, match=f"placement = '{placement}' with translation = .*: .{{20}}"):
                     Nic().attach(process(), placement, translation)
+
+
+@pytest.mark.parametrize("fork", ["posted", "precopy"])
+def test_interval_notifiers_know_no_other_fork(fork):
+    with pytest.raises(ValueError, match=f"fork = '{fork}' with placement = 'interval': .{{20}}"):
+        Nic().attach(process(), "interval", fork=fork)
 
 
 @pytest.mark.parametrize("design", SAFE)
