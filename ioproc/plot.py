@@ -251,6 +251,10 @@ def crossover(series: dict, path: str | os.PathLike, title: str | None = None) -
         apart.annotate(f"{100 * share:.2g} %: from here\n{after} costs less", (100 * share, difference), xytext=(side, 8),
                        textcoords="offset points", va="bottom", ha=place, fontsize="small",
                        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1})
+    if not found and len(lines) > 1:
+        cheapest = min(lines, key=lambda label: lines[label][1][-1])
+        apart.text(0.02, 0.95, f"no crossover in this range:\n{cheapest} costs less throughout", transform=apart.transAxes,
+                   va="top", fontsize="small")
     if min(shares[0] for shares, _ in lines.values()) > 0:
         apart.set_xscale("log")
         apart.xaxis.set_major_formatter(lambda percent, _: f"{percent:g}")

@@ -4,6 +4,7 @@ A context has translations of pages (`loaded`), and a driver that fills them: by
 are moved by what is translated, right or not; the oracle compares each translation with the page table as it is used.
 Counts are kept where the rules fix them; the translation cache, which only changes what an access costs, is not here.
 """
+import itertools
 from collections import Counter, namedtuple
 
 import model
@@ -346,9 +347,12 @@ class Context:
             self.attach_intervals(start, end)
             interval = next((a, b) for a, b in self.intervals if a <= page < b)
             words = self.look(page, write, interval[1])
-            while interval in self.told:        # by what faulting it in changed: it is looked up again
+            for collisions in itertools.count(1):
+                if interval not in self.told:
+                    break
+                # told by what faulting it in changed: it is looked up again; in the end alone, or pages take each other's frames
                 self.counts["retries"] += 1
-                words = self.look(page, write, interval[1])
+                words = self.look(page, write, interval[1] if collisions < 2 else page + PAGE)
             self.loaded.update(words)
             return
         self.page_in(page, write)
@@ -362,9 +366,8 @@ class Context:
             if self.placement == "vma" and self.ops not in self.mm.find(other).chain:
                 break
             self.loaded[other] = self.word(pte, write)
-        pte = self.pte(page)            # with frames short, the others may have taken its own
-        if isinstance(pte, Pte):
-            self.loaded[page] = self.word(pte, write)
+        # with frames short, the others may have taken its own
+        self.loaded[page] = self.word(self.page_in(page, write), write)
 
     def look(self, page, write, limit):
         """What is to be loaded, if nothing comes between."""

@@ -175,6 +175,40 @@ class DeviceProgram(sequences.Program):
     def access(self, space, addr, length, write):
         self.call(space, "access", addr, length, write=write)
 
+    @step(25, steps, space=EARLY, page=st.integers(2, 9), before=st.booleans(), byte=st.integers(1, 255),
+          change=st.sampled_from([
+              ("mprotect", 1), ("mprotect", 1, 3), ("mprotect", 0, 3), ("madvise", 4), ("madvise", 8), ("madvise", 21),
+              ("munmap",), ("mmap", 3, 0x32), ("mmap", 3, 0x31), ("mremap",), ("fork",), ("fork", "write"),
+              ("write",), ("reclaim",)]))
+    def transfers_around(self, space, page, before, byte, change):
+        """The device uses a page before and after something happens to it."""
+        name, *how = change
+        addr = sequences.ARENA + page * PAGE
+        self.call(space, "access", addr, PAGE, write=before)
+        match name:
+            case "mprotect":
+                for prot in how:
+                    self.call(space, "mprotect", addr, PAGE, prot)
+            case "madvise":
+                self.call(space, "madvise", addr, PAGE, *how)
+            case "munmap":
+                self.call(space, "munmap", addr, PAGE)
+            case "mmap":
+                self.call(space, "mmap", PAGE, *how, addr=addr)
+            case "mremap":
+                self.call(space, "mremap", addr, PAGE, PAGE, 3, addr + 2 * PAGE)
+            case "fork":
+                self.fork_and_attach(space, bool(how))
+                if how:
+                    self.call(space, "write", addr, b"parent")
+            case "write":
+                self.call(space, "write", addr, b"cpu")
+            case "reclaim":
+                self.call(space, "reclaim", 40)
+        self.call(space, "rdma_read", addr + 5, 9)
+        self.call(space, "rdma_write", addr + 9, bytes([byte]) * 9)
+        self.call(space, "read", addr, 20)
+
     @step(4, steps, space=EARLY, other=EARLY, addr=hot, there=hot, n=st.integers(1, 3 * PAGE),
           call=st.sampled_from(["rdma_write_to", "rdma_read_from"]))
     def rdma_between(self, space, other, addr, there, n, call):
