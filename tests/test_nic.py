@@ -736,7 +736,7 @@ def test_ranges_that_are_none(design):
         for call in ctx.access, ctx.rdma_read:
             with pytest.raises((ValueError, OverflowError)):
                 call(addr, length)
-    assert refused(ctx.access, 1 << 40, 1 << 46)[1] in ("unmapped", "out of memory")     # for the list of its pages
+    assert refused(ctx.access, 1 << 40, 1 << 46)[1] == "unmapped"
     assert ctx.stats["transfers"] == 1 and ctx.stats["pinned"] == (256 if design == "bounce" else 0)
 
 
