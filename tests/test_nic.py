@@ -475,8 +475,8 @@ def test_the_side_that_fails_is_told_of(out):
 
 # ---- fork
 
-@pytest.mark.parametrize("design", SAFE)
-@pytest.mark.parametrize("way", ["revised", "inherit", "precopy"])
+@pytest.mark.parametrize(("design", "way"), [(design, way) for design in SAFE for way in ("revised", "inherit", "precopy")
+                                             if way != "precopy" or not design.startswith("interval")])
 def test_after_fork_the_device_is_of_the_parent(design, way):
     mm = process()
     if design.startswith("interval") and way == "precopy":
@@ -727,6 +727,12 @@ def test_combinations_that_make_no_sense_are_refused_with_the_reason():
                     Nic().attach(process(), placement, translation)
 
 
+@pytest.mark.parametrize("fork", ["posted", "precopy"])
+def test_interval_notifiers_know_no_other_fork(fork):
+    with pytest.raises(ValueError, match=f"fork = '{fork}' with placement = 'interval': .{{20}}"):
+        Nic().attach(process(), "interval", fork=fork)
+
+
 @pytest.mark.parametrize("design", SAFE)
 def test_ranges_that_are_none(design):
     ctx = attach(process(), design)
@@ -734,7 +740,7 @@ def test_ranges_that_are_none(design):
         for call in ctx.access, ctx.rdma_read:
             with pytest.raises((ValueError, OverflowError)):
                 call(addr, length)
-    assert refused(ctx.access, 1 << 40, 1 << 46)[1] in ("unmapped", "out of memory")     # for the list of its pages
+    assert refused(ctx.access, 1 << 40, 1 << 46)[1] == "unmapped"
     assert ctx.stats["transfers"] == 1 and ctx.stats["pinned"] == (256 if design == "bounce" else 0)
 
 

@@ -561,13 +561,12 @@ cdef int register_pinned(void *arg, u64 start, u64 end, u32 access, void **handl
     cdef Pinned *pinned = <Pinned *> calloc(1, sizeof(Pinned))
     cdef Transfer transfer
     cdef VMArea *vma
+    cdef u64 *moved
     cdef u64 addr = start
+    cdef u64 room = 0
     cdef u64 i
     cdef int why = DONE
-    if pinned != NULL:
-        pinned.words = <u64 *> malloc(((end - start) >> PAGE_SHIFT) * sizeof(u64))
-    if pinned == NULL or pinned.words == NULL:
-        free(pinned)
+    if pinned == NULL:
         return -CAUSE_ERRNO - NO_FRAME
     mm_lock(mm)
     thread_set_inside(mm)
@@ -579,6 +578,13 @@ cdef int register_pinned(void *arg, u64 start, u64 end, u32 access, void **handl
     if why == DONE and context.placement == AT_INTERVAL and not attach_interval(context, start, end):
         why = NO_FRAME
     while addr < end and why == DONE:
+        if pinned.n == room:                # by what there is: the range may be larger than any memory
+            room = 2 * room + 64
+            moved = <u64 *> realloc(pinned.words, room * sizeof(u64))
+            if moved == NULL:
+                why = NO_FRAME
+                break
+            pinned.words = moved
         why = pinned_page(mm, addr, access & REGION_WRITE, &pinned.words[pinned.n])
         pinned.n += why == DONE
         vma = vma_at(mm, addr)
