@@ -545,8 +545,8 @@ class Context:
     def rdma_write(self, addr, data):
         def put(frame, piece, at):
             piece[:] = data[at - addr:at - addr + len(piece)]
-            if self.translation != "bounce" and frame.file is not None:
-                frame.dirty = True          # whatever the page table says
+            if self.translation != "bounce" and frame.file:
+                frame.dirty = True          # whatever the page table says; of anonymous memory it must say it
         self.transfer(addr, len(data), True, put)
 
     def rdma_write_to(self, addr, n, remote, remote_addr):
