@@ -947,3 +947,20 @@ def test_a_device_beside_a_process_that_does_everything(design, batch):
     ctx.detach()
     mm.exit()
     assert mm.mem.stats["frames_used"] == ctx.stats["pinned"] == 0
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+def test_the_garbage_collector_may_end_another_in_a_callback(design):
+    """The operation that is going on stays the thread's: it ends as if nothing had been."""
+    mm, other = process(), AddressSpace(PhysicalMemory(300))
+    other.mmap(P, addr=BASE)
+    ctx = attach(other, design, bounce_bytes=P)
+    ctx.access(BASE, P, write=True)
+    cycle = [other, ctx]
+    cycle.append(cycle)
+    del other, cycle
+    mm.register_ops(Ops(invalidate_range=lambda vma, start, end: gc.collect()))
+    mm.touch(BASE, P, write=True)
+    mm.munmap(BASE, P)
+    assert not ctx.attached
+    mm.mmap(P, addr=BASE)

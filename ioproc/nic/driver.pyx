@@ -757,6 +757,7 @@ cdef void context_end(NicContext *context) noexcept nogil:
 cdef void context_detach(NicContext *context) noexcept nogil:
     """From a process that goes on, or has ended without being asked to tell (placement "none")."""
     cdef MM *mm = context.mm
+    cdef void *outer = thread_inside()      # of the garbage collector, perhaps
     mm_lock(mm)
     thread_set_inside(mm)
     if not context.gone:
@@ -765,7 +766,7 @@ cdef void context_detach(NicContext *context) noexcept nogil:
         elif context.placement == AT_VMA and not mm.dead:
             vma_unregister(mm, &context.ops, 0, TASK_SIZE & PAGE_MASK)
         context_end(context)
-    thread_set_inside(NULL)
+    thread_set_inside(outer)
     mm_unlock(mm)
 
 

@@ -410,6 +410,8 @@ cdef class Context:
         cdef MM *mm
         cdef bint done = True
         cdef int error
+        cdef object weak_self = ref(self)   # not under the lock: the garbage collector may run
+        self.space = ref(space)
         space.enter()
         mm = space.mm
         try:
@@ -430,8 +432,7 @@ cdef class Context:
             if error:
                 raise MemoryError("Context") if error == -ENOMEM else syscall_error(error, "attach")
             context.gone = False
-            self.space = ref(space)
-            nic.contexts[<size_t> mm] = ref(self)
+            nic.contexts[<size_t> mm] = weak_self
             space.owners[<size_t> context] = self
         finally:
             space.leave()
