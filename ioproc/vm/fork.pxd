@@ -4,7 +4,8 @@ from ioproc.hooks.chain cimport WRPROTECT_PAGE, likely, unlikely
 from ioproc.vm.fault cimport frame_own, pte_make
 from ioproc.vm.fire cimport fire_page
 from ioproc.vm.frames cimport (
-    Frame, FrameBatch, batch_begin, batch_end, batch_free, batch_take, frame_at, frame_copy_contents, frame_map_again)
+    Frame, FrameBatch, batch_begin, batch_end, batch_free, batch_take, frame_at, frame_copy_contents, frame_map_again,
+    frames_alone)
 from ioproc.vm.mm cimport (
     MM, PAGE_SIZE, PTE_DIRTY, PTE_EXCLUSIVE, PTE_SWAP, PTE_UNCOUNTED, PTE_WRITE, PTE_YOUNG, Memory, Precopy, Table, VMArea,
     HOOKED, atomic_store)
@@ -47,6 +48,7 @@ cdef inline bint fork_range(MM *parent, MM *child, VMArea *vma, VMArea *child_vm
     cdef u64 addr = vma.start
     cdef u64 stop, pte, i, first, copied, frames
     cdef Memory *mem = parent.mem
+    cdef u64 alone = frames_alone(mem)
     cdef Table *leaf
     cdef Table *copy
     while True:
@@ -80,7 +82,7 @@ cdef inline bint fork_range(MM *parent, MM *child, VMArea *vma, VMArea *child_vm
             copied += 1
             if likely(not pte & PTE_UNCOUNTED):
                 frames += 1
-                frame_map_again(mem, frame_at(mem, pte >> 12))
+                frame_map_again(frame_at(mem, pte >> 12), alone)
             elif pte & PTE_SWAP:
                 child.swapped += 1
                 swap_entry_copied(mem, pte)
@@ -113,7 +115,7 @@ cdef inline bint fork_shared_range(MM *parent, MM *child, const VMArea *vma) noe
                 pte_set(copy, i, pte & ~<u64> (PTE_YOUNG | PTE_DIRTY))
                 if not pte & PTE_UNCOUNTED:
                     child.rss += 1
-                    frame_map_again(parent.mem, frame_at(parent.mem, pte >> 12))
+                    frame_map_again(frame_at(parent.mem, pte >> 12), frames_alone(parent.mem))
         if copy.used == 0:
             leaf_drop(child.root, addr)
         addr = stop

@@ -26,6 +26,7 @@ cdef extern from * nogil:
 # Frames on their way between a pool and one operation, so that its lock is taken once per batch.
 cdef struct FrameBatch:
     Memory *mem
+    u64 alone                   # the counts of a frame that nobody else can reach (see below)
     u64 wanted                  # frames the operation may still need: never take more
     u64 n
     u64 nfreed
@@ -169,8 +170,14 @@ cdef inline u64 frames_free(Memory *mem) noexcept nogil:
     return total
 
 
+cdef inline u64 frames_alone(const Memory *mem) noexcept nogil:
+    """What `counts` is where a plain store will do: one mapping; with devices, never."""
+    return 0 if atomic_load(&mem.devices) else 1
+
+
 cdef inline void batch_begin(FrameBatch *batch, Memory *mem, u64 wanted) noexcept nogil:
     batch.mem = mem
+    batch.alone = frames_alone(mem)
     batch.wanted = wanted
     batch.n = 0
     batch.nfreed = 0
@@ -234,8 +241,8 @@ cdef inline void batch_end(FrameBatch *batch) noexcept nogil:
 
 # Counts.  A frame whose only count is one mapping can be reached by nobody but the address space that maps it, and its
 # lock is held: there a plain store will do, unless there are devices.  Every other change is atomic.
-cdef inline void frame_map_again(const Memory *mem, Frame *frame) noexcept nogil:
-    if likely(atomic_load(&frame.counts) == 1 and not atomic_load(&mem.devices)):
+cdef inline void frame_map_again(Frame *frame, u64 alone) noexcept nogil:
+    if likely(atomic_load(&frame.counts) == alone):
         atomic_store(&frame.counts, 2)
     else:
         atomic_add(&frame.counts, 1)
@@ -244,7 +251,7 @@ cdef inline void frame_map_again(const Memory *mem, Frame *frame) noexcept nogil
 cdef inline void frame_unmap(FrameBatch *batch, u64 pfn) noexcept nogil:
     cdef Frame *frame = frame_at(batch.mem, pfn)
     cdef u64 left = 0
-    if atomic_load(&frame.counts) != 1 or unlikely(atomic_load(&batch.mem.devices) != 0):
+    if atomic_load(&frame.counts) != batch.alone:
         left = atomic_sub(&frame.counts, 1)
     if left == 0:                           # one place: else it is too long to be inlined
         batch_free(batch, pfn)
