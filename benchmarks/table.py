@@ -156,7 +156,7 @@ def main() -> int:
     pressure(**turns)
     others(**turns)
     replays(**turns)
-    designs.rows(row, **turns)
+    designs.rows(row)
     device.rows(row, **turns)
     registration.rows(row, **turns)
     memory()
