@@ -303,8 +303,8 @@ class Registration:
 
 class Player:
     def __new__(
-        cls, mem: PhysicalMemory, sizes: list[int], ops: Ops | None, placement: int, nic: Nic | None,
-        attach: dict[str, Any], communicating: set[int]
+        cls, mem: PhysicalMemory, sizes: list[int], ops: Ops | None, placement: int, nic: Nic | None = None,
+        attach: dict[str, Any] | None = None, communicating: set[int] | None = None
     ) -> Self: ...
     def run(self, events: NDArray[np.void], plan: NDArray[np.void]) -> None: ...
     def result(self) -> dict[str, Any]: ...

@@ -634,7 +634,8 @@ cdef class Player:
     cdef list inherited         # by the child of the fork that is going on
     cdef FileCache **caches
 
-    def __cinit__(self, PhysicalMemory mem not None, list sizes, Ops ops, int placement, Nic nic, dict attach, set communicating):
+    def __cinit__(self, PhysicalMemory mem not None, list sizes, Ops ops, int placement, Nic nic=None, dict attach=None,
+                  set communicating=None):
         cdef int i
         self.mem = mem
         self.files = [File(mem, size) for size in sizes]
