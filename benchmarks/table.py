@@ -13,10 +13,10 @@ import sys
 from pathlib import Path
 
 import designs
-import device
 import paired
 import registration
 import threads
+import translation
 import workloads
 
 ROWS = []
@@ -157,7 +157,7 @@ def main() -> int:
     others(**turns)
     replays(**turns)
     designs.rows(row)
-    device.rows(row, **turns)
+    translation.rows(row, **turns)
     registration.rows(row, **turns)
     memory()
     scale(1_000_000 if arguments.quick else 100_000_000, **({"rounds": 2, "launches": 1} if arguments.quick else {}))

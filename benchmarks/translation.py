@@ -1,6 +1,6 @@
 """The NIC's translation cache beside other simulators and a C program: rows for the table, and the program that takes turns.
 
-``python benchmarks/device.py SIMULATOR PAGES [REPETITIONS | -]``, as workloads.py: `PAGES` is a file of 64-bit page numbers.
+``python benchmarks/translation.py SIMULATOR PAGES [REPETITIONS | -]``, as workloads.py: `PAGES` is a file of 64-bit page numbers.
 pycachesim and libcachesim (the extra `simulators`) are compared with where they are installed.
 """
 from __future__ import annotations
