@@ -7,7 +7,7 @@ import translation
 PAGES = 1_000_000
 
 
-@pytest.mark.parametrize("kind", device.STREAMS)
+@pytest.mark.parametrize("kind", translation.STREAMS)
 def bench_translation_cache(benchmark, report, kind):
     path = translation.save(translation.stream(kind, PAGES))
     workload = translation.model(path)
@@ -22,7 +22,7 @@ def bench_translation_cache(benchmark, report, kind):
     report(**figures, hits=translation.hits(path))
 
 
-@pytest.mark.parametrize("kind", device.STREAMS)
+@pytest.mark.parametrize("kind", translation.STREAMS)
 def bench_hit_curve(benchmark, kind):
     workload = translation.hit_curve(translation.save(translation.stream(kind, PAGES)))
     benchmark.pedantic(workload.run, rounds=3, warmup_rounds=1)
