@@ -291,7 +291,8 @@ cdef inline int fault_swap(MM *mm, VMArea *vma, u64 addr, u64 *pte, bint write, 
             # not ours alone: whose page it was is forgotten, but the oldest AnonVMA finds every mapping it can have
             anon = vma.anon if write or exclusive else anon_root(vma.anon)
             atomic_store(&frame.index, vma_index(vma, addr))
-            atomic_store(&frame.owner, <u64> anon | OWNER_ANON | OWNER_DIRTY)
+            # of a copy its entry says that it is dirty
+            atomic_store(&frame.owner, <u64> anon | OWNER_ANON | (0 if copy else OWNER_DIRTY))
     pthread_mutex_unlock(&mem.lock)
     if fresh and (not done or pfn != fresh):
         batch_put_back(batch, fresh)
