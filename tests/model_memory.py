@@ -429,7 +429,8 @@ class File:
 
     def _unmap(self, first, end, copies):
         """Invalidate pages [first, end) (None: all above) wherever they are mapped, private copies too if `copies`."""
-        for vma in list(self.vmas):
+        # in no order that matters, but for who gives a huge page back last: the newest goes first
+        for vma in self.vmas[::-1] if self.page_size == HUGE else self.vmas[:]:
             first_at, end_at = (None if n is None else vma.start + n * self.page_size - vma.pgoff * PAGE for n in (first, end))
             start, stop = max(vma.start, first_at), vma.end if end is None else min(vma.end, end_at)
             if start < stop:
