@@ -301,6 +301,7 @@ class MM(VmaList, HugeMappings):
         if page_offset * PAGE > (1 << 63) - 1 - length:
             fail(errno.EOVERFLOW)
         kept = ACCESS | Flag.SHARED | Flag.MAYSHARE | Flag.MAYWRITE | Flag.LOCKED
+        self.mem.hold(vma.file)     # this may have been its last mapping
         self._map(Vma(self, start, end, vma.flags & kept, page_offset, vma.file, vma.attach))
         self._populate(start, end)
 
@@ -571,6 +572,10 @@ class MM(VmaList, HugeMappings):
         for pte in self._mine(start, end).values():
             if self.mem.evictable(pte.frame):
                 self.mem.evict(pte.frame)
+
+    def shows_another(self, addr):
+        """Does `addr` show a page that the reverse map does not look for there?"""
+        return addr in self.shows and self.shows[addr] != self.find(addr).pgoff_at(addr)
 
     def _populate_advised(self, addr, end, write):
         for page in range(addr, end, PAGE):

@@ -27,17 +27,17 @@ class HugePool:
 
     def hold(self, file):
         """Until the operation ends: the pages it has, and has reserved, cannot be had before."""
-        file.vmas.append(None)
+        file.holds += 1
         self.held.append(file)
 
     def let_go(self):
         while self.held:
-            self.held.pop().unmapped(None)
+            self.held.pop().let_go()
 
     @property
     def huge_reserved(self):
         """Free pages that belong to somebody already."""
-        owners = [vma for file in self.huge_files for vma in file.vmas if vma and vma.owner]
+        owners = [vma for file in self.huge_files for vma in file.vmas if vma.owner]
         return sum(len(file.reserved) for file in self.huge_files) + sum(
             vma.mm.has_reserved(vma, at) for vma in owners for at in range(vma.start, vma.end, HUGE))
 

@@ -185,7 +185,7 @@ class PhysicalMemory:
     # --- reclaim
 
     def evictable(self, frame):
-        if frame.pins or any(mm.find(addr).locked for mm, addr in frame.mappings):
+        if frame.pins or any(mm.find(addr).locked or mm.shows_another(addr) for mm, addr in frame.mappings):
             return False
         return bool(len(self.slots) < self.swap_slots or frame.slot or not self._wanted(frame)
                     or (frame.file and not frame.file.shmem))
@@ -328,7 +328,8 @@ class File:
         self.pages = {}                 # page number -> Frame
         self.slots = {}                 # page number -> Slot
         self.stored = {}                # page number -> contents in the backing store
-        self.vmas = []                  # (MM, VMA) of those that map it
+        self.vmas = []                  # of those that map it
+        self.holds = 0                  # operations that need it to their end, mapped or not
 
     @property
     def end(self):
@@ -392,7 +393,14 @@ class File:
 
     def unmapped(self, vma):
         self.vmas.remove(vma)
-        if self.anonymous and not self.vmas:
+        self._forget_unless_needed()
+
+    def let_go(self):
+        self.holds -= 1
+        self._forget_unless_needed()
+
+    def _forget_unless_needed(self):
+        if self.anonymous and not self.vmas and not self.holds:
             self._forget(0, self.end)
             self.reserved.clear()
 

@@ -76,6 +76,9 @@ ONCE_WRONG = {      # programs on which the two did not agree, or which are hard
     "a huge page that its owner took back": [
         (0, "mmap", 3 * HUGE, 3, 0x48032, {"addr": 2 * HUGE}), (0, "fork"), (0, "write", 2 * HUGE, b"x"),
         (0, "munmap", 3 * HUGE, 2 * HUGE), (1, "munmap", 3 * HUGE, 2 * HUGE), (1, "read", 2 * HUGE, 1)],
+    "the last page of a file mapped over itself": [
+        (0, "mmap", 3 * PAGE, 3, 0x31, {"addr": A}), (0, "read", A, 3 * PAGE), (0, "munmap", A, 2 * PAGE),
+        (0, "remap_file_pages", A + 2 * PAGE, PAGE, 0)],
     "an abandoned anon_vma": [
         (0, "mmap", PAGE, 3, 0x32, {"addr": A}), (0, "write", A, b"x"), (0, "fork"), (1, "fork"), (1, "exit"), (1, "fork"),
         *[(space, call, *args) for space in (0, 1, 2) for call, *args in [

@@ -7,6 +7,7 @@ import pytest
 import ioproc
 from ioproc import _core
 from recording import BASE, PAGE, RO, RW, device
+from world import PAGEOUT
 
 PAGES = 8
 
@@ -199,3 +200,13 @@ def test_truncation_finds_non_linear_pages(mem, nonlinear, file):
     file.punch_hole(PAGE, PAGE)
     assert shown(nonlinear, BASE + 4 * PAGE, 4) == b"0\x0023"
     refused(errno.EINVAL, nonlinear.madvise, BASE, PAGE, mmap.MADV_REMOVE)
+
+
+def test_reclaim_leaves_what_is_shown_out_of_order(nonlinear, file):
+    """It looks for a page in one place per VMA: where the file's pages in order would have it."""
+    map_file(nonlinear, file)
+    nonlinear.remap_file_pages(BASE, PAGE, 4)
+    nonlinear.read(BASE + PAGE, PAGE)
+    nonlinear.madvise(BASE, PAGES * PAGE, PAGEOUT)
+    assert nonlinear.pagemap(BASE, 2 * PAGE)["present"].tolist() == [True, False]
+    assert shown(nonlinear)[:2] == b"41"
