@@ -10,6 +10,7 @@ from libc.stdint cimport int64_t as i64, uint32_t as u32, uint64_t as u64
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy, memmove, memset
 
+from ioproc.pthread cimport *
 from ioproc.hooks.chain cimport *
 from ioproc.hooks.interval cimport *
 from ioproc.hooks.schedule cimport *
@@ -53,6 +54,10 @@ include "hooks/schedule.pyx"
 include "nic/translation_cache.pyx"
 include "nic/registration_cache.pyx"
 include "nic/driver.pyx"
+include "nic/fault.pyx"
+include "nic/register.pyx"
+include "nic/attach.pyx"
 include "nic/rdma.pyx"
 include "nic/nic.pyx"
+include "nic/context.pyx"
 include "trace/replay.pyx"

@@ -20,20 +20,9 @@
 from libc.errno cimport EEXIST, EINVAL
 from libc.stdint cimport uint64_t as u64
 from libc.stdlib cimport calloc, free
-
-cdef extern from "<pthread.h>" nogil:
-    ctypedef struct IntervalsLock "pthread_mutex_t":
-        pass
-    ctypedef struct IntervalsQuiet "pthread_cond_t":
-        pass
-    int intervals_lock_init "pthread_mutex_init"(IntervalsLock *lock, const void *attributes)
-    int intervals_lock_destroy "pthread_mutex_destroy"(IntervalsLock *lock)
-    int intervals_lock "pthread_mutex_lock"(IntervalsLock *lock)
-    int intervals_unlock "pthread_mutex_unlock"(IntervalsLock *lock)
-    int intervals_quiet_init "pthread_cond_init"(IntervalsQuiet *quiet, const void *attributes)
-    int intervals_quiet_destroy "pthread_cond_destroy"(IntervalsQuiet *quiet)
-    int intervals_wait "pthread_cond_wait"(IntervalsQuiet *quiet, IntervalsLock *lock)
-    int intervals_wake "pthread_cond_broadcast"(IntervalsQuiet *quiet)
+from ioproc.pthread cimport (
+    pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_init, pthread_cond_t, pthread_cond_wait, pthread_mutex_destroy,
+    pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock)
 
 cdef extern from * nogil:
     """
@@ -66,8 +55,8 @@ cdef struct Interval:           # zeroed by its owner, who then fills in the fir
     Interval *next              # of those that wait for the end
 
 cdef struct Intervals:          # of one address space
-    IntervalsLock lock
-    IntervalsQuiet quiet        # the last bracket has ended
+    pthread_mutex_t lock
+    pthread_cond_t quiet        # the last bracket has ended
     Interval *root
     Interval *deferred          # COMING and GOING
     u64 active                  # brackets open
@@ -169,8 +158,8 @@ cdef inline Intervals *intervals_new() noexcept nogil:
     """NULL: no memory."""
     cdef Intervals *intervals = <Intervals *> calloc(1, sizeof(Intervals))
     if intervals != NULL:
-        intervals_lock_init(&intervals.lock, NULL)
-        intervals_quiet_init(&intervals.quiet, NULL)
+        pthread_mutex_init(&intervals.lock, NULL)
+        pthread_cond_init(&intervals.quiet, NULL)
         intervals.seq = 2
         intervals.random = 1
     return intervals
@@ -179,8 +168,8 @@ cdef inline Intervals *intervals_new() noexcept nogil:
 cdef inline void intervals_free(Intervals *intervals) noexcept nogil:
     """No bracket is open and nobody waits; intervals that are still in are their owners'."""
     if intervals != NULL:
-        intervals_quiet_destroy(&intervals.quiet)
-        intervals_lock_destroy(&intervals.lock)
+        pthread_cond_destroy(&intervals.quiet)
+        pthread_mutex_destroy(&intervals.lock)
         free(intervals)
 
 
@@ -192,7 +181,7 @@ cdef inline int intervals_insert(Intervals *intervals, Interval *interval) noexc
     cdef int error = 0
     if interval.start >= interval.end:
         return -EINVAL
-    intervals_lock(&intervals.lock)
+    pthread_mutex_lock(&intervals.lock)
     if interval.state != INTERVAL_OUT:
         error = -EEXIST
     else:
@@ -211,7 +200,7 @@ cdef inline int intervals_insert(Intervals *intervals, Interval *interval) noexc
             seq_store(&interval.seq, intervals.seq - 1)
             interval.state = INTERVAL_IN
             intervals.root = treap_insert(intervals.root, interval)
-    intervals_unlock(&intervals.lock)
+    pthread_mutex_unlock(&intervals.lock)
     return error
 
 
@@ -229,7 +218,7 @@ cdef inline void intervals_remove(Intervals *intervals, Interval *interval) noex
     has a bracket open or holds a lock that one who has needs (the address space's, the device's).  Not inserted: nothing.
     """
     cdef bint gone = False
-    intervals_lock(&intervals.lock)
+    pthread_mutex_lock(&intervals.lock)
     if interval.state == INTERVAL_IN and intervals.active:
         interval.state = INTERVAL_GOING
         interval.next = intervals.deferred
@@ -242,8 +231,8 @@ cdef inline void intervals_remove(Intervals *intervals, Interval *interval) noex
         interval.state = INTERVAL_OUT
         gone = True
     while interval.removed == NULL and interval.state == INTERVAL_GOING:
-        intervals_wait(&intervals.quiet, &intervals.lock)
-    intervals_unlock(&intervals.lock)
+        pthread_cond_wait(&intervals.quiet, &intervals.lock)
+    pthread_mutex_unlock(&intervals.lock)
     if gone and interval.removed != NULL:
         interval.removed(interval.arg)
 
@@ -254,12 +243,12 @@ cdef inline bint intervals_start(Intervals *intervals, u64 start, u64 end) noexc
     there are any.  `intervals_end` closes it, once the entries are gone.
     """
     cdef u64 seq = 0
-    intervals_lock(&intervals.lock)
+    pthread_mutex_lock(&intervals.lock)
     intervals.active += 1
     if treap_overlaps(intervals.root, start, end):
         intervals.seq |= 1
         seq = intervals.seq
-    intervals_unlock(&intervals.lock)
+    pthread_mutex_unlock(&intervals.lock)
     if seq:
         treap_invalidate(intervals.root, start, end, seq)
     return seq != 0
@@ -270,7 +259,7 @@ cdef inline void intervals_end(Intervals *intervals, u64 brackets) noexcept nogi
     cdef Interval *gone = NULL
     cdef Interval *interval
     cdef Interval *next
-    intervals_lock(&intervals.lock)
+    pthread_mutex_lock(&intervals.lock)
     intervals.active -= brackets
     if brackets and intervals.active == 0:
         intervals.seq += intervals.seq & 1
@@ -288,8 +277,8 @@ cdef inline void intervals_end(Intervals *intervals, u64 brackets) noexcept nogi
             if interval.removed != NULL:
                 interval.next = gone
                 gone = interval
-        intervals_wake(&intervals.quiet)
-    intervals_unlock(&intervals.lock)
+        pthread_cond_broadcast(&intervals.quiet)
+    pthread_mutex_unlock(&intervals.lock)
     while gone != NULL:
         next = gone.next
         gone.removed(gone.arg)      # which may free it
@@ -304,12 +293,12 @@ cdef inline u64 interval_read_begin(Intervals *intervals, Interval *interval) no
     a lock that it or the rest of the operation needs.
     """
     cdef u64 seq
-    intervals_lock(&intervals.lock)
+    pthread_mutex_lock(&intervals.lock)
     seq = seq_load(&interval.seq)
     while seq == intervals.seq:
-        intervals_wait(&intervals.quiet, &intervals.lock)
+        pthread_cond_wait(&intervals.quiet, &intervals.lock)
         seq = seq_load(&interval.seq)
-    intervals_unlock(&intervals.lock)
+    pthread_mutex_unlock(&intervals.lock)
     return seq
 
 

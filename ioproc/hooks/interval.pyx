@@ -140,7 +140,7 @@ cdef class IntervalsProbe:
         cdef const char *reason
         cdef const Interval *interval
         cdef list deferred = []
-        intervals_lock(&self.intervals.lock)        # a leaf, under which nobody waits for the GIL
+        pthread_mutex_lock(&self.intervals.lock)        # a leaf, under which nobody waits for the GIL
         reason = treap_broken(self.intervals.root)
         names = treap_names(self.intervals.root)
         interval = self.intervals.deferred
@@ -148,7 +148,7 @@ cdef class IntervalsProbe:
             deferred.append(<object> (<Named *> interval.arg).name)
             interval = interval.next
         active, seq = self.intervals.active, self.intervals.seq
-        intervals_unlock(&self.intervals.lock)
+        pthread_mutex_unlock(&self.intervals.lock)
         if reason != NULL:
             raise AssertionError(reason.decode())
         return names, deferred, active, seq

@@ -9,11 +9,11 @@ from libc.stdint cimport int64_t as i64, uint32_t as u32, uint64_t as u64
 from libc.stdlib cimport realloc
 from ioproc.hooks.chain cimport ioproc_ops, unlikely
 from ioproc.hooks.interval cimport Interval
-from ioproc.nic.registration_cache cimport RegCache, pthread_cond_broadcast, pthread_cond_t, pthread_cond_wait
-from ioproc.nic.translation_cache cimport Cache, cache_drop, cache_get, cache_put
+from ioproc.nic.registration_cache cimport RegCache
+from ioproc.nic.translation_cache cimport KEY_PAGE, Cache, cache_drop, cache_get, cache_put
+from ioproc.pthread cimport pthread_cond_broadcast, pthread_cond_t, pthread_cond_wait, pthread_mutex_t
 from ioproc.vm.mm cimport (
-    MM, PAGE_SHIFT, PAGE_SIZE, PTE_PRESENT, PTE_SPECIAL, PTE_USER, PTE_WRITE, PTE_ZERO, TASK_SIZE, Precopy, Table,
-    pthread_mutex_t)
+    MM, PAGE_SHIFT, PAGE_SIZE, PTE_PRESENT, PTE_SPECIAL, PTE_USER, PTE_WRITE, PTE_ZERO, TASK_SIZE, Precopy, Table)
 from ioproc.vm.page_table cimport leaf_drop, leaf_find, leaf_make, leaf_next, pte_set, table_index
 from ioproc.vm.truth cimport truth
 
@@ -43,15 +43,13 @@ cdef enum ForkWay:
 
 cdef enum:
     NOTED_VIOLATIONS = 256
+    WORD_BITS = PTE_PRESENT | PTE_SPECIAL | PTE_ZERO        # that a word has of the page-table entry
+    WORD_PRELOADED = 0x800      # by an update hook, and not yet used
 
 cdef extern from * nogil:
     """
-    #define IOPROC_WORD_PRELOADED 0x800ULL
-    #define IOPROC_WORD_BITS 0x301ULL
     #define IOPROC_KEY_HUGE (1ULL << 39)
     """
-    const u64 WORD_PRELOADED "IOPROC_WORD_PRELOADED"    # by an update hook, and not yet used
-    const u64 WORD_BITS "IOPROC_WORD_BITS"              # of a page-table entry: present, special, zero
     const u64 KEY_HUGE "IOPROC_KEY_HUGE"
 
 cdef struct NicCounts:          # in the order of NIC_COUNTS in nic.pyx
@@ -218,7 +216,7 @@ cdef inline void entry_drop(NIC *nic, u32 number) noexcept nogil:
     cdef NicContext *context = entry.context
     cdef bint huge = entry.key & KEY_HUGE != 0
     cdef Table *root = context.huge_index if huge else context.index
-    cdef u64 at = (entry.key & (KEY_HUGE - 1)) << PAGE_SHIFT
+    cdef u64 at = (entry.key & KEY_PAGE) << PAGE_SHIFT
     cdef Table *leaf = leaf_find(root, at)
     leaf.entry[table_index(at, 0)] = 0
     leaf.used -= 1
@@ -429,7 +427,7 @@ cdef inline u64 device_translate(NicContext *context, u64 addr, bint write, bint
             return 0
         entry = &nic.entries[number]
         if entry.word & WORD_PRELOADED:
-            entry.word &= ~WORD_PRELOADED
+            entry.word &= ~<u64> WORD_PRELOADED
             context.counts.useful += 1
         if not again:
             context.counts.walks += 1

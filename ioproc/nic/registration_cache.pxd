@@ -11,17 +11,10 @@ from libc.stdint cimport UINT64_MAX, int64_t as i64, uint32_t as u32, uint64_t a
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memmove, memset
 from ioproc.hooks.chain cimport likely, unlikely
-from ioproc.vm.mm cimport (
-    check, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, pthread_self,
-    pthread_t)
-
-cdef extern from "<pthread.h>" nogil:
-    ctypedef struct pthread_cond_t:
-        pass
-    int pthread_cond_init(pthread_cond_t *condition, const void *attributes)
-    int pthread_cond_destroy(pthread_cond_t *condition)
-    int pthread_cond_wait(pthread_cond_t *condition, pthread_mutex_t *lock)
-    int pthread_cond_broadcast(pthread_cond_t *condition)
+from ioproc.pthread cimport (
+    pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_init, pthread_cond_t, pthread_cond_wait, pthread_mutex_destroy,
+    pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, pthread_self, pthread_t)
+from ioproc.vm.mm cimport check
 
 cdef enum:
     REGION_READ = 1             # what the device may do

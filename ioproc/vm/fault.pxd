@@ -1,15 +1,16 @@
 # Page faults: what an access to a page without a usable page-table entry does, and the hooks it fires.
 from libc.stdint cimport uint64_t as u64
 from ioproc.hooks.chain cimport INVALIDATE_PAGE, UPDATE_PAGE, likely, unlikely
+from ioproc.pthread cimport pthread_mutex_lock, pthread_mutex_unlock
 from ioproc.vm.fire cimport fire_page
 from ioproc.vm.frames cimport (
     ONE_REFERENCE, Frame, FrameBatch, batch_free, batch_put_back, batch_take, frame_at, frame_copy_contents, frame_put,
     frame_unmap, mapcount_of, pool_take)
 from ioproc.vm.mm cimport (
     MM, MMAP_MIN, OWNER_ANON, OWNER_DIRTY, PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, PTE_DIRTY, PTE_EXCLUSIVE, PTE_PRESENT,
-    PTE_SPECIAL, PTE_SWAP, PTE_USER, PTE_WRITE, PTE_YOUNG, PTE_ZERO, VM_ACCESS, VM_GROWSDOWN, VM_HUGETLB, VM_LOCKED, VM_SHARED,
-    VM_WRITE, AnonVMA, FileCache, Memory, Slot, Table, VMArea, atomic_add, atomic_load, atomic_store, check, page_align,
-    pthread_mutex_lock, pthread_mutex_unlock, vma_index)
+    PTE_SPECIAL, PTE_SWAP, PTE_USER, PTE_WRITE, PTE_YOUNG, PTE_ZERO, VM_ACCESS, VM_GROWSDOWN, VM_HUGETLB, VM_LOCKED,
+    VM_SHARED, VM_WRITE, AnonVMA, FileCache, Memory, Slot, Table, VMArea, atomic_add, atomic_load, atomic_store, check,
+    page_align, vma_index)
 from ioproc.vm.page_table cimport leaf_drop, leaf_end, leaf_find, leaf_make, pte_set, table_index
 from ioproc.vm.reclaim cimport RECLAIM_TRIES, reclaim_some
 from ioproc.vm.rmap cimport anon_is_singular, anon_join, anon_new, anon_root

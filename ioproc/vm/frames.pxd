@@ -3,9 +3,10 @@ from libc.stdint cimport uint32_t as u32, uint64_t as u64
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 from ioproc.hooks.chain cimport likely, unlikely
+from ioproc.pthread cimport pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock
 from ioproc.vm.mm cimport (
-    OWNER_ANON, OWNER_DIRTY, PAGE_SIZE, POOL_FRAMES, POOLS, Frame, Memory, Pool, atomic_add, atomic_load, atomic_or, atomic_store,
-    atomic_sub, check, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock)
+    OWNER_ANON, OWNER_DIRTY, PAGE_SIZE, POOL_FRAMES, POOLS, Frame, Memory, Pool, atomic_add, atomic_load, atomic_or,
+    atomic_store, atomic_sub, check)
 
 cdef enum:
     BATCH = 64

@@ -8,10 +8,11 @@
 # entry that is empty or maps the page cache, unless it has HUGE_SPENT: its page went to another, and none is reserved.
 from libc.stdint cimport uint32_t as u32, uint64_t as u64
 from libc.stdlib cimport free
+from ioproc.pthread cimport pthread_mutex_lock, pthread_mutex_unlock
 from ioproc.vm.frames cimport Frame
 from ioproc.vm.mm cimport (
     MM, OWNER_ANON, PAGE_SHIFT, PAGE_SIZE, PTE_PRESENT, PTE_SPECIAL, VM_RESERVED, Memory, Table, VMArea, atomic_load,
-    atomic_store, atomic_sub, check, pthread_mutex_lock, pthread_mutex_unlock)
+    atomic_store, atomic_sub, check)
 from ioproc.vm.page_table cimport leaf_drop, leaf_next, pte_find, table_index
 from ioproc.vm.vma cimport vma_at
 

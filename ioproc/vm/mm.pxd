@@ -5,20 +5,8 @@
 from libc.stdint cimport int64_t as i64, uint32_t as u32, uint64_t as u64
 from ioproc.hooks.chain cimport Chain, HookCounts, ioproc_ops, unlikely
 from ioproc.hooks.interval cimport Intervals, intervals_end
-
-cdef extern from "<pthread.h>" nogil:
-    ctypedef struct pthread_mutex_t:
-        pass
-    ctypedef unsigned long pthread_t
-    int pthread_mutex_init(pthread_mutex_t *lock, const void *attributes)
-    int pthread_mutex_destroy(pthread_mutex_t *lock)
-    int pthread_mutex_lock(pthread_mutex_t *lock)
-    int pthread_mutex_trylock(pthread_mutex_t *lock)
-    int pthread_mutex_unlock(pthread_mutex_t *lock)
-    pthread_t pthread_self()
-
-cdef extern from "<sched.h>" nogil:
-    int sched_yield()
+from ioproc.pthread cimport (
+    pthread_mutex_lock, pthread_mutex_t, pthread_mutex_trylock, pthread_mutex_unlock, pthread_self, sched_yield)
 
 cdef enum:
     PAGE_SHIFT = 12
@@ -231,7 +219,7 @@ cdef struct Precopy:            # who wants fork to copy a page at once, so that
 
 cdef struct MM:
     pthread_mutex_t lock
-    u64 hooked                  # live chain cells: nonzero if any chain exists, on it or on a VMA.  All a hook site tests
+    u64 hooked                  # live chain cells, on it or on a VMA, and devices that listen otherwise.  All a hook site tests
     Table *root                 # page table
     VMArea *replaced            # by the mapping call that is going on, and its to free; NULL between calls
     Table *huge                 # that of huge pages (see huge.pxd); NULL: never needed

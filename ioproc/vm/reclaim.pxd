@@ -6,13 +6,14 @@
 from libc.stdint cimport uint32_t as u32, uint64_t as u64
 from libc.stdlib cimport free, malloc, realloc
 from ioproc.hooks.chain cimport INVALIDATE_PAGE, unlikely
+from ioproc.pthread cimport pthread_mutex_lock, pthread_mutex_unlock, pthread_self
 from ioproc.vm.fire cimport fire_page
 from ioproc.vm.frames cimport BATCH, ONE_REFERENCE, frames_free, mapcount_of, pool_give, references_of
 from ioproc.vm.huge cimport huge_entry
 from ioproc.vm.mm cimport (
     HOOKED, MM, OWNER_ANON, OWNER_BITS, OWNER_DIRTY, PAGE_SHIFT, PTE_DIRTY, PTE_EXCLUSIVE, PTE_UNCOUNTED, PTE_YOUNG,
     VM_HUGETLB, VM_LOCKED, AnonLink, AnonVMA, FileCache, Frame, Memory, Table, Victims, VMArea, atomic_load, atomic_or,
-    atomic_store, atomic_sub, mm_trylock, mm_unlock, pthread_mutex_lock, pthread_mutex_unlock, pthread_self, vma_index)
+    atomic_store, atomic_sub, mm_trylock, mm_unlock, vma_index)
 from ioproc.vm.page_table cimport leaf_drop, leaf_find, pte_find, table_index
 from ioproc.vm.swap cimport CACHE_DISK, CACHE_SLOT, slot_give, slot_take, swap_pte
 

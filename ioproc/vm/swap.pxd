@@ -5,9 +5,9 @@
 from libc.stdint cimport uint32_t as u32, uint64_t as u64
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
+from ioproc.pthread cimport pthread_mutex_lock, pthread_mutex_unlock
 from ioproc.vm.frames cimport ONE_REFERENCE, FrameBatch, frame_at, frame_put
-from ioproc.vm.mm cimport (
-    PAGE_SHIFT, PAGE_SIZE, PTE_SWAP, Frame, Memory, Slot, atomic_add, pthread_mutex_lock, pthread_mutex_unlock)
+from ioproc.vm.mm cimport PAGE_SHIFT, PAGE_SIZE, PTE_SWAP, Frame, Memory, Slot, atomic_add
 
 # An entry of FileCache.pages: a pfn, or one of these.
 cdef extern from * nogil:

@@ -7,9 +7,9 @@ from libc.stdint cimport UINT64_MAX, int64_t as i64, uint64_t as u64
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memmove
 from ioproc.hooks.chain cimport likely, unlikely
+from ioproc.pthread cimport pthread_mutex_lock, pthread_mutex_unlock
 from ioproc.vm.mm cimport (
-    MM, MMAP_MIN, NODE_ENTRIES, PAGE_SHIFT, VM_GROWSDOWN, VM_LOCKED, VM_SHARED, VM_WRITE, Entry, Node, VMArea, check,
-    pthread_mutex_lock, pthread_mutex_unlock)
+    MM, MMAP_MIN, NODE_ENTRIES, PAGE_SHIFT, VM_GROWSDOWN, VM_LOCKED, VM_SHARED, VM_WRITE, Entry, Node, VMArea, check)
 
 cdef enum:
     STACK_GUARD_GAP = 256 << 12         # bytes: what is kept free below a stack
