@@ -76,7 +76,7 @@ class MM(VmaList, HugeMappings):
 
     @property
     def face(self):
-        return self.faces[0]
+        return self.faces[0] if self.faces else None
 
     # --- hooks
 
@@ -798,6 +798,12 @@ class MM(VmaList, HugeMappings):
             if copies or (isinstance(pte, Pte) and pte.frame.file):
                 self.unset(page)
 
+    def zap_shown(self, vma, first, end):
+        """Empty the entries of a non-linear mapping that show pages [first, end) of its file."""
+        for page in self._present(vma.start, vma.end):
+            if first <= self.shows.get(page, vma.pgoff_at(page)) < end:
+                self.unset(page)
+
     def unset(self, page):
         pte = self.ptes.pop(page)
         if isinstance(pte, SwapEntry):
@@ -1004,6 +1010,15 @@ class MM(VmaList, HugeMappings):
         child = MM(self.mem, self.max_map_count, self.start_brk, self.rlimits, self.nonlinear)
         child.shows = dict(self.shows)
         child.end_brk = self.end_brk
+        self.mem.child = child
+        try:
+            self._copy_vmas(child)
+        except MemoryError:
+            child.tear_down()
+            raise
+        return child
+
+    def _copy_vmas(self, child):
         for vma in self.list:
             if vma.flags & Flag.DONTCOPY:
                 continue
@@ -1015,10 +1030,15 @@ class MM(VmaList, HugeMappings):
             copy.inherit_links(vma)
             if vma.anon_vma or vma.flags & (Flag.PFNMAP | Flag.NONLINEAR):      # of others the child faults in what it needs
                 self._copy_pages(vma, child)
-        return child
 
     def _copy_pages(self, vma, child):
+        for page in [] if vma.flags & Flag.SHARED else list(self._present(vma.start, vma.end)):
+            # one that is copied may take the room of those that come after it
+            if page in self._present(page, page + PAGE) and self.ptes[page].writable and not self._precopy(vma, page, child):
+                self.fire("wrprotect_page", vma, page)
         for page, pte in self._entries(vma.start, vma.end).items():
+            if page in child.ptes:
+                continue
             if isinstance(pte, SwapEntry):
                 pte.exclusive = False
                 pte.slot.users += 1
@@ -1027,10 +1047,12 @@ class MM(VmaList, HugeMappings):
             if vma.flags & Flag.SHARED:
                 child._set(page, replace(pte, young=False, dirty=False))
                 continue
-            if pte.writable:
-                self.fire("wrprotect_page", vma, page)
             pte.writable = pte.exclusive = False
             child._set(page, replace(pte, young=pte.young and vma.huge))
+
+    def _precopy(self, vma, page, child):
+        """Give the child a copy of a writable page at once?"""
+        return False
 
     def tear_down(self):
         """The last user is gone."""

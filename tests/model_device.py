@@ -63,16 +63,21 @@ class Followed(model.MM):
 
     def _copy_pages(self, vma, child):
         self.bracket(vma.start, vma.end)
-        copied = {}
-        for page, pte in list(self._present(vma.start, vma.end).items()):
-            if (pte.writable and not vma.flags & Flag.SHARED
-                    and any(context.precopies(page) for context in self.devices(fork="precopy"))):
-                copied[page] = pte
-                del self.ptes[page]
         super()._copy_pages(vma, child)
-        for page, pte in copied.items():
-            self.ptes[page] = pte
-            child._set(page, Pte(self.mem.allocate(pte.frame.data), True, True, young=False, exclusive=True))
+
+    def _precopy(self, vma, page, child):
+        contexts = [context for context in self.devices(fork="precopy") if context.precopies(page, page + vma.page_size)]
+        if contexts:
+            frame = self.mem.allocate_huge(False) if vma.huge else self.mem.with_room(self.mem.allocate)
+            if frame is None:
+                raise MemoryError("no huge page")
+            if page not in self._present(page, page + PAGE):        # it went to swap, to make room for its copy
+                self.mem.release(frame)
+                return True
+            frame.data[:] = self.ptes[page].frame.data
+            child._set(page, Pte(frame, True, True, young=False, exclusive=True))
+            contexts[0].counts["precopied"] += vma.page_size // PAGE
+        return bool(contexts)
 
     def tear_down(self):
         super().tear_down()
@@ -254,12 +259,10 @@ class Context:
         if isinstance(pte, Pte) and self.mm.find(page).flags & model.ACCESS:
             self.loaded[page] = self.word(pte, False)
 
-    def precopies(self, page):
-        """Whether fork copies it: it is registered, or the device may write to it."""
-        wanted = (any(region.start <= page < region.end for region in self.regions.list)
-                  or page in self.loaded and self.loaded[page].writable)
-        self.counts["precopied"] += wanted
-        return wanted
+    def precopies(self, start, end):
+        """Whether fork copies the page [start, end): something of it is registered, or the device may write to it."""
+        return (any(region.start < end and start < region.end for region in self.regions.list)
+                or any(start <= page < end and word.writable for page, word in self.loaded.items()))
 
     def end(self):
         """The process ends, or the device leaves it."""

@@ -125,6 +125,7 @@ class PhysicalMemory:
         self.in_callback, self.raised = False, []
         self.caller = None                  # whose operation it is
         self.victims = None                 # if set: per run of reclaim, what goes: (file or None, number, mappings)
+        self.child = None                   # what the last fork made
         self.log = []                       # what went
 
     # --- frames
@@ -229,6 +230,7 @@ class PhysicalMemory:
         victims = self.victims.pop(0) if self.victims else []
         assert len(victims) <= n
         for file, number, mappings in victims:
+            mappings = [(mm or self.child, addr) for mm, addr in mappings]
             if file is None:
                 mm, addr = mappings[0]
                 frame = mm.ptes[addr].frame
@@ -439,6 +441,10 @@ class File:
         """Invalidate pages [first, end) (None: all above) wherever they are mapped, private copies too if `copies`."""
         # in no order that matters, but for who gives a huge page back last: the newest goes first
         for vma in self.vmas[::-1] if self.page_size == HUGE else self.vmas[:]:
+            if vma.nonlinear:
+                vma.mm.fire("invalidate_range", vma, vma.start, vma.end)        # they may be anywhere
+                vma.mm.zap_shown(vma, first, 1 << 63 if end is None else end)
+                continue
             first_at, end_at = (None if n is None else vma.start + n * self.page_size - vma.pgoff * PAGE for n in (first, end))
             start, stop = max(vma.start, first_at), vma.end if end is None else min(vma.end, end_at)
             if start < stop:

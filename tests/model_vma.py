@@ -134,6 +134,10 @@ class Vma:
         return bool(self.flags & Flag.LOCKED)
 
     @property
+    def nonlinear(self):
+        return bool(self.flags & Flag.NONLINEAR)
+
+    @property
     def start_gap(self):
         """New mappings stay below: a stack needs room to grow."""
         return max(0, self.start - GUARD_GAP) if self.flags & Flag.GROWSDOWN else self.start

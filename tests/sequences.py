@@ -27,7 +27,7 @@ class Side:
 
     def __init__(self, impl, limits):
         self.impl = impl
-        options = {"start_brk": HEAP, **limits}
+        options = {"start_brk": HEAP, "rlimits": {"STACK": 8 << 20}, **limits}     # else a stack may grow over half the world
         memory = {name: options.pop(name) for name in ("frames", "swap_slots", "huge_pages") if name in limits}
         self.mem = impl.PhysicalMemory(**{"frames": 4096, **memory})
         self.files = [impl.File(self.mem, size, memfd=memfd) for size, memfd in FILES]
@@ -75,7 +75,7 @@ class Side:
         return next(number for number, space in self.spaces.items() if space is mm)
 
     def home(self, mm):
-        return self.shares[self.number(mm)]
+        return self.shares[self.number(mm)] if mm else None     # the child of a fork that failed
 
     def describe(self, vma):
         file = next((i for i, file in enumerate(self.files) if file is vma.file), None)
@@ -153,7 +153,8 @@ class Side:
         homes = {home: self.spaces[number].mm for number, home in self.shares.items() if number in self.spaces}
 
         def found(what):
-            return (homes[what[0]], what[1]) if isinstance(what, tuple) else None if what is None else self.files[what]
+            # one that the model does not have is the child that this very call makes
+            return (homes.get(what[0]), what[1]) if isinstance(what, tuple) else None if what is None else self.files[what]
 
         self.mem.victims = [[(found(file), number, [found(where) for where in mappings])
                              for file, number, mappings in run] for run in runs]
