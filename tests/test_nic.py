@@ -550,6 +550,60 @@ def test_precopied_pages_stay_the_parents(design):
     check_memory(mm.mem, [mm, child])
 
 
+@pytest.mark.parametrize("shift", [12, 21])
+@pytest.mark.parametrize("design", ["mm+fault", "pin-cache", "mm+pin-cache+hooks"])
+def test_precopied_huge_pages(design, shift):
+    mm = process(swap_slots=0)
+    mm.mmap(2 * HUGE, flags=PRIVATE | HUGETLB, addr=8 * HUGE)
+    ctx = attach(mm, design, Nic(page_shift=shift), fork="precopy")
+    ctx.rdma_write(8 * HUGE + 5 * P, b"1" * P)              # of the second the device has nothing
+    mm.write(9 * HUGE, b"2")
+    child = mm.fork()
+    assert ctx.stats["precopied"] == 512 and child.stats["rss_pages"] == 0
+    assert [mm.pagemap(at, P)["writable"][0] for at in (8 * HUGE, 9 * HUGE)] == [True, False]
+    assert [child.pagemap(at, P)["shared"][0] for at in (8 * HUGE, 9 * HUGE)] == [False, True]
+    ctx.rdma_write(8 * HUGE + 5 * P, b"3" * P)
+    assert child.read(8 * HUGE + 5 * P, P) == b"1" * P and mm.read(8 * HUGE + 5 * P, P) == b"3" * P
+    child.write(8 * HUGE, b"c")                             # its own
+    assert child.stats["faults_cow"] == 0 and mm.read(8 * HUGE, 1) == b"\0"
+    whole(ctx)
+    check_memory(mm.mem, [mm, child])
+
+
+def test_a_fork_that_finds_no_huge_page_for_the_copies():
+    mm = process(swap_slots=0)
+    mm.mmap(6 * HUGE, flags=PRIVATE | HUGETLB, addr=8 * HUGE)
+    ctx = attach(mm, "mm+fault", fork="precopy")
+    ctx.rdma_write(8 * HUGE, b"1" * 6 * HUGE)
+    free = mm.mem.stats["huge_pages_free"]
+    with pytest.raises(MemoryError):
+        mm.fork()
+    assert mm.mem.stats["huge_pages_free"] == free == 2
+    ctx.rdma_write(8 * HUGE, b"2" * 6 * HUGE)
+    whole(ctx)
+    check_memory(mm.mem, [mm])
+
+
+@pytest.mark.parametrize(("design", "limit"), [("mm+fault", {}), ("mm+pin-cache+hooks", {"max_regions": 4})])
+def test_a_fork_that_makes_room_for_the_copies(design, limit):
+    """What is pinned stays; of the rest, also a page that was to be copied itself may go to swap."""
+    mm = process(pages=16, frames=20)
+    ctx = attach(mm, design, fork="precopy", **limit)
+    for page in range(16):
+        ctx.rdma_write(BASE + page * P, bytes([page + 1]) * P)
+    ctx.rdma_write(BASE, b"r" * 4 * P)
+    before = mm.mem.stats["swapped_out"]
+    child = mm.fork()
+    assert mm.mem.stats["swapped_out"] > before and ctx.stats["precopied"] >= 4
+    for page in range(16):
+        assert child.read(BASE + page * P, P) == (b"r" if page < 4 else bytes([page + 1])) * P
+    for page in range(16):
+        ctx.rdma_write(BASE + page * P, b"w" * P)
+    assert mm.read(BASE, 16 * P) == b"w" * 16 * P and child.read(BASE, 4 * P) == b"r" * 4 * P
+    whole(ctx)
+    check_memory(mm.mem, [mm, child])
+
+
 def test_a_fork_that_finds_no_frame_for_the_copies():
     mm = process(frames=20, swap_slots=0)
     ctx = attach(mm, "mm+fault", fork="precopy")

@@ -18,7 +18,6 @@ from sequences import PAGE, addresses, failure, lengths, plus, short_lengths, sl
 
 EXAMPLES = int(os.environ.get("IOPROC_EXAMPLES", 300))
 SEED = int(os.environ.get("IOPROC_SEED", random.randrange(2**32)))
-UNSAFE = {"pin-cache", "mm+fault/posted"}
 NIC = {"entries": 8, "ways": 2}
 LIMITS = {"frames": 14, "swap_slots": 60}
 
@@ -32,6 +31,10 @@ DESIGNS = {
     "mm+preload, few frames": {"attach": ioproc.DESIGNS["mm+preload"], **LIMITS},
     "pin, few frames": {"attach": ioproc.DESIGNS["pin"], **LIMITS},
     "mm+pin-cache+hooks, few frames": {"attach": ioproc.DESIGNS["mm+pin-cache+hooks"], **LIMITS},
+    "mm+fault/precopy, few frames": {"attach": {**ioproc.DESIGNS["mm+fault"], "fork": "precopy"}, **LIMITS},
+    "pin-cache/precopy, few frames": {"attach": {**ioproc.DESIGNS["pin-cache"], "fork": "precopy"}, **LIMITS},
+    "mm+pin-cache+hooks/precopy, huge pages": {
+        "attach": {**ioproc.DESIGNS["mm+pin-cache+hooks"], "fork": "precopy"}, "huge_pages": 5, "nic": {**NIC, "page_shift": 21}},
     "mm+fault, prefault": {"attach": {**ioproc.DESIGNS["mm+fault"], "prefault": 3}},
     "vma+fault, prefault": {"attach": {**ioproc.DESIGNS["vma+fault"], "prefault": 3}},
     "interval+fault, prefault": {"attach": {**ioproc.DESIGNS["interval+fault"], "prefault": 3}},

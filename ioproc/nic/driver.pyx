@@ -154,21 +154,23 @@ cdef void interval_removed(void *arg) noexcept nogil:
     """Whoever waits with it in hand may go on: its memory is the context's to the end."""
 
 
-cdef bint precopy_wants(void *arg, u64 addr) noexcept nogil:
-    """Whether fork is to copy the page: one that is registered, or that the device may write to."""
+cdef bint precopy_wants(void *arg, u64 start, u64 end) noexcept nogil:
+    """Whether fork is to copy the page [start, end): one of which something is registered, or the device may write to."""
     cdef NicContext *context = <NicContext *> arg
     cdef Region *region
     cdef u32 number
     cdef bint wants = False
     if context.has_registered:
         pthread_mutex_lock(&context.registered.lock)
-        region = region_below(&context.registered, addr)
-        wants = region != NULL and addr < region.end
+        region = region_below(&context.registered, end - 1)
+        wants = region != NULL and start < region.end
         pthread_mutex_unlock(&context.registered.lock)
+    if wants:
+        return True
     pthread_mutex_lock(&context.nic.lock)
-    if not wants:
-        number = entry_find(context, addr)
+    while start < end and not wants:
+        number = entry_find(context, start)
         wants = number != 0 and context.nic.entries[number].word & PTE_WRITE != 0
-    context.counts.precopied += wants
+        start += PAGE_SIZE
     pthread_mutex_unlock(&context.nic.lock)
     return wants

@@ -75,7 +75,7 @@ cdef struct NicCounts:          # in the order of NIC_COUNTS in nic.pyx
     u64 registered_pages
     u64 deregistrations
     u64 deregistered_pages
-    u64 regcache_hits           # these two in `context_counts`
+    u64 regcache_hits           # these two and `precopied` in `context_counts`
     u64 regcache_misses
     u64 pinned
     u64 pinned_peak

@@ -95,6 +95,7 @@ Violation.__module__ = "ioproc"
 cdef NicCounts context_counts(const NicContext *context) noexcept nogil:
     """Nic.lock is held, or nobody else has the context."""
     cdef NicCounts counts = context.counts
+    counts.precopied = atomic_load(&context.precopy.pages)
     if context.has_registered:
         pthread_mutex_lock(<pthread_mutex_t *> &context.registered.lock)
         counts.regcache_hits = context.registered.counts.hits

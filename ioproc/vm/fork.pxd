@@ -8,35 +8,68 @@ from ioproc.vm.frames cimport (
     frames_alone)
 from ioproc.vm.mm cimport (
     MM, PAGE_SIZE, PTE_DIRTY, PTE_EXCLUSIVE, PTE_SWAP, PTE_UNCOUNTED, PTE_WRITE, PTE_YOUNG, Memory, Precopy, Table, VMArea,
-    HOOKED, atomic_store)
+    HOOKED, atomic_add, atomic_store)
 from ioproc.vm.page_table cimport leaf_drop, leaf_make, leaf_next, pte_set, table_index
+from ioproc.vm.reclaim cimport RECLAIM_TRIES, reclaim_some
 from ioproc.vm.swap cimport swap_entry_copied
 
 
-cdef inline bint precopy_wanted(const MM *parent, u64 addr) noexcept nogil:
-    cdef const Precopy *who = parent.precopy
-    while who != NULL and not who.wants(who.arg, addr):
+cdef inline Precopy *precopy_wanted(const MM *parent, u64 start, u64 end) noexcept nogil:
+    cdef Precopy *who = parent.precopy
+    while who != NULL and not who.wants(who.arg, start, end):
         who = who.next
-    return who != NULL
+    return who
 
 
-cdef inline bint precopy(MM *parent, MM *child, VMArea *copy, u64 addr, u64 *entry, const u64 *pte) noexcept nogil:
-    """The child has a copy of a writable page at once; the parent keeps page and permission.  False: no frame or no memory."""
+cdef inline bint precopy(Precopy *who, MM *child, VMArea *copy, u64 addr, Table *leaf, const u64 *pte) noexcept nogil:
+    """
+    The child has a copy of a writable page at once; the parent keeps page and permission.  To make room the page itself may
+    go to swap: then there is nothing to copy.  False: no frame or no memory.
+    """
+    cdef Memory *mem = child.mem
     cdef FrameBatch batch
     cdef Frame *frame
+    cdef int tries = RECLAIM_TRIES
+    cdef bint done = False
     cdef u64 pfn
-    batch_begin(&batch, parent.mem, 0)
+    batch_begin(&batch, mem, 0)
     pfn = batch_take(&batch)
-    if pfn and not frame_copy_contents(frame_at(parent.mem, pfn), frame_at(parent.mem, pte[0] >> 12)):
-        batch_free(&batch, pfn)
-        pfn = 0
+    while unlikely(pfn == 0) and tries and reclaim_some(mem):
+        tries -= 1
+        pfn = batch_take(&batch)
     if pfn:
-        frame = frame_at(parent.mem, pfn)
-        atomic_store(&frame.counts, 1)
-        frame_own(frame, copy, addr)
-        entry[0] = pte_make(pfn, pte[0] & 0xfff & ~<u64> PTE_YOUNG | PTE_DIRTY)
+        done = True
+        frame = frame_at(mem, pfn)
+        if unlikely(not pte[0] & PTE_WRITE):
+            batch_free(&batch, pfn)
+        elif not frame_copy_contents(frame, frame_at(mem, pte[0] >> 12)):
+            batch_free(&batch, pfn)
+            done = False
+        else:
+            atomic_store(&frame.counts, 1)
+            frame_own(frame, copy, addr)
+            pte_set(leaf, table_index(addr, 0), pte_make(pfn, pte[0] & 0xfff & ~<u64> PTE_YOUNG | PTE_DIRTY))
+            child.rss += 1
+            atomic_add(&who.pages, 1)
     batch_end(&batch)
-    return pfn != 0
+    return done
+
+
+cdef inline bint fork_tell(MM *parent, MM *child, VMArea *vma, VMArea *child_vma, u64 addr, u64 stop, Table *leaf,
+                           Table *copy) noexcept nogil:
+    """One table's pages that are to lose their write permission: copied at once, or wrprotect_page.  False: no room."""
+    cdef Precopy *who
+    cdef u64 *pte
+    while addr < stop:
+        pte = &leaf.entry[table_index(addr, 0)]
+        if pte[0] & PTE_WRITE:
+            who = precopy_wanted(parent, addr, addr + PAGE_SIZE) if parent.precopy != NULL else NULL
+            if who == NULL:
+                fire_page(parent, WRPROTECT_PAGE, vma, addr)
+            elif not precopy(who, child, child_vma, addr, copy, pte):
+                return False
+        addr += PAGE_SIZE
+    return True
 
 
 cdef inline bint fork_range(MM *parent, MM *child, VMArea *vma, VMArea *child_vma) noexcept nogil:
@@ -51,7 +84,8 @@ cdef inline bint fork_range(MM *parent, MM *child, VMArea *vma, VMArea *child_vm
     cdef u64 alone = frames_alone(mem)
     cdef Table *leaf
     cdef Table *copy
-    while True:
+    cdef bint done = True
+    while done:
         leaf = leaf_next(parent.root, &addr, vma.end, &stop)
         if leaf == NULL:
             return True
@@ -60,18 +94,14 @@ cdef inline bint fork_range(MM *parent, MM *child, VMArea *vma, VMArea *child_vm
             return False
         first = table_index(addr, 0)
         if HOOKED(parent):                  # a loop of its own: nothing registered costs a test for each table, not page
-            for i in range(first, first + ((stop - addr) >> 12)):
-                if leaf.entry[i] & PTE_WRITE:
-                    if parent.precopy != NULL and precopy_wanted(parent, addr + (i - first) * PAGE_SIZE):
-                        if not precopy(parent, child, child_vma, addr + (i - first) * PAGE_SIZE, &copy.entry[i], &leaf.entry[i]):
-                            return False
-                        copy.used += 1
-                        child.rss += 1
-                        continue
-                    fire_page(parent, WRPROTECT_PAGE, vma, addr + (i - first) * PAGE_SIZE)
+            leaf.used += 1                  # both tables stay, whatever reclaim takes out of them
+            copy.used += 1
+            done = fork_tell(parent, child, vma, child_vma, addr, stop, leaf, copy)
+            copy.used -= 1
+            leaf.used -= 1
         copied = 0
         frames = 0
-        for i in range(first, first + ((stop - addr) >> 12)):
+        for i in range(first, first + ((stop - addr) >> 12) if done else first):
             pte = leaf.entry[i]
             if pte == 0 or unlikely(copy.entry[i] != 0):
                 continue
@@ -89,8 +119,11 @@ cdef inline bint fork_range(MM *parent, MM *child, VMArea *vma, VMArea *child_vm
         copy.used += copied
         if copy.used == 0:
             leaf_drop(child.root, addr)
+        if unlikely(leaf.used == 0):
+            leaf_drop(parent.root, addr)
         child.rss += frames
         addr = stop
+    return False
 
 
 cdef inline bint fork_shared_range(MM *parent, MM *child, const VMArea *vma) noexcept nogil:

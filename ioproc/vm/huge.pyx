@@ -192,6 +192,19 @@ cdef bint huge_take_back(MM *mm, VMArea *vma, u64 addr, u64 pfn) noexcept nogil:
     return done and mapcount_of(atomic_load(&frame.counts)) == 1
 
 
+cdef bint huge_copy(Memory *mem, u64 pfn, const Frame *frame, bint reserved) noexcept nogil:
+    """The contents of another for a page that was just taken, now counted once.  False: no memory, and it went back."""
+    cdef Frame *copy = huge_frame(mem, pfn)
+    copy.counts = 1
+    if frame.contents != NULL:
+        copy.contents = <char *> malloc(HUGE_SIZE)
+        if copy.contents == NULL:
+            huge_put(mem, pfn, 1, reserved)
+            return False
+        memcpy(copy.contents, frame.contents, HUGE_SIZE)
+    return True
+
+
 cdef int huge_write_fault(MM *mm, VMArea *vma, u64 addr, u64 *pte, bint told) noexcept nogil:
     """
     A write to a private page that is mapped read-only.  `told`: devices may know the entry; else this very fault made it.
@@ -199,7 +212,6 @@ cdef int huge_write_fault(MM *mm, VMArea *vma, u64 addr, u64 *pte, bint told) no
     cdef Memory *mem = mm.mem
     cdef u64 old = pte_pfn(pte[0])
     cdef Frame *frame = huge_frame(mem, old)
-    cdef Frame *copy
     cdef u64 pfn = 0
     cdef bint anonymous = atomic_load(&frame.owner) & OWNER_ANON != 0
     cdef bint reserved = not anonymous and vma.flags & VM_RESERVED and not pte[0] & HUGE_SPENT
@@ -220,18 +232,12 @@ cdef int huge_write_fault(MM *mm, VMArea *vma, u64 addr, u64 *pte, bint told) no
         huge_own(frame, vma, addr)
         pte[0] |= PTE_WRITE | PTE_DIRTY | PTE_YOUNG | PTE_EXCLUSIVE
         mm.faults.reuse += told
+    elif not huge_copy(mem, pfn, frame, reserved):
+        return ACCESS_OOM
     else:
-        copy = huge_frame(mem, pfn)
-        copy.counts = 1
-        if frame.contents != NULL:
-            copy.contents = <char *> malloc(HUGE_SIZE)
-            if copy.contents == NULL:
-                huge_put(mem, pfn, 1, reserved)
-                return ACCESS_OOM
-            memcpy(copy.contents, frame.contents, HUGE_SIZE)
         if told:
             fire_page(mm, INVALIDATE_PAGE, vma, addr)
-        huge_own(copy, vma, addr)
+        huge_own(huge_frame(mem, pfn), vma, addr)
         huge_put(mem, old, 1, False)
         pte[0] = pte_make(pfn, PTE_PRESENT | PTE_USER | PTE_WRITE | PTE_YOUNG | PTE_DIRTY | PTE_EXCLUSIVE)
         mm.faults.cow += told
@@ -399,12 +405,28 @@ cdef int touch_from_huge(MM *mm, u64 end, bint write, FrameBatch *batch, u64 *fa
 
 # ---- fork, protection, moves
 
-cdef bint fork_huge_range(MM *parent, MM *child, VMArea *vma) noexcept nogil:
+cdef bint precopy_huge(Precopy *who, MM *child, VMArea *copy, u64 addr, Table *leaf, u64 pte) noexcept nogil:
+    """As `precopy`; nothing makes room in the pool."""
+    cdef Memory *mem = child.mem
+    cdef u64 pfn
+    pthread_mutex_lock(&mem.lock)
+    pfn = huge_take(mem, False)
+    pthread_mutex_unlock(&mem.lock)
+    if pfn == 0 or not huge_copy(mem, pfn, huge_frame(mem, pte_pfn(pte)), False):
+        return False
+    huge_own(huge_frame(mem, pfn), copy, addr)
+    pte_set(leaf, table_index(addr >> 9, 0), pte_make(pfn, pte & 0xfff & ~<u64> (PTE_YOUNG | HUGE_SPENT) | PTE_DIRTY))
+    atomic_add(&who.pages, HUGE_SIZE >> PAGE_SHIFT)
+    return True
+
+
+cdef bint fork_huge_range(MM *parent, MM *child, VMArea *vma, VMArea *child_vma) noexcept nogil:
     """As `fork_range`: private pages become copy-on-write in both.  One wrprotect_page for each that was writable."""
     cdef u64 at = vma.start >> 9
     cdef u64 stop, pte, i
     cdef Table *leaf
     cdef Table *copy
+    cdef Precopy *who
     if parent.huge == NULL:
         return True
     if child.huge == NULL:
@@ -422,12 +444,17 @@ cdef bint fork_huge_range(MM *parent, MM *child, VMArea *vma) noexcept nogil:
                 copy = leaf_make(child.huge, at)
                 if copy == NULL:
                     return False
-                if pte & PTE_WRITE:
-                    fire_page(parent, WRPROTECT_PAGE, vma, at << 9)
-                pte &= ~<u64> (PTE_WRITE | PTE_EXCLUSIVE)
-                leaf.entry[i] = pte
-                pte_set(copy, i, pte & ~<u64> HUGE_SPENT)
-                atomic_add(&huge_frame(parent.mem, pte_pfn(pte)).counts, 1)
+                who = precopy_wanted(parent, at << 9, (at << 9) + HUGE_SIZE) if pte & PTE_WRITE else NULL
+                if who != NULL:
+                    if not precopy_huge(who, child, child_vma, at << 9, copy, pte):
+                        return False
+                else:
+                    if pte & PTE_WRITE:
+                        fire_page(parent, WRPROTECT_PAGE, vma, at << 9)
+                    pte &= ~<u64> (PTE_WRITE | PTE_EXCLUSIVE)
+                    leaf.entry[i] = pte
+                    pte_set(copy, i, pte & ~<u64> HUGE_SPENT)
+                    atomic_add(&huge_frame(parent.mem, pte_pfn(pte)).counts, 1)
             at += PAGE_SIZE
 
 

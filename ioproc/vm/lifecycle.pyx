@@ -158,7 +158,7 @@ cdef bint fork_vmas(MM *parent, MM *child) noexcept nogil:
                 bracket(parent, vma.start, vma.end)
             if not done or (copied and not fork_range(parent, child, vma, copy)):
                 return False
-            if copied and vma.flags & VM_HUGETLB and not fork_huge_range(parent, child, vma):
+            if copied and vma.flags & VM_HUGETLB and not fork_huge_range(parent, child, vma, copy):
                 return False
             if vma.flags & (VM_PFNMAP | VM_NONLINEAR) and not fork_shared_range(parent, child, vma):
                 return False

@@ -213,8 +213,9 @@ cdef struct Attached:           # an ops structure that was registered here: for
     Attached *next              # newest first
 
 cdef struct Precopy:            # who wants fork to copy a page at once, so that the parent keeps it and may write to it
-    bint (*wants)(void *arg, u64 addr) noexcept nogil
+    bint (*wants)(void *arg, u64 start, u64 end) noexcept nogil
     void *arg
+    u64 pages                   # copied because of it, of 4 KiB
     Precopy *next
 
 cdef struct MM:
