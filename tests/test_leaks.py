@@ -333,7 +333,8 @@ def test_devices_give_references_back(design):
     assert [sys.getrefcount(each) for each in watched] == counts
 
 
-def test_a_registration_cache_gives_references_back():
+def test_a_registration_cache_keeps_only_what_is_registered():
+    """Handles and exceptions, as long as it lives."""
     handle, error = object(), ConnectionError()
     raising = []
 
@@ -343,25 +344,22 @@ def test_a_registration_cache_gives_references_back():
         return handle
 
     def deregister(start, length, handle):
-        if raising:
-            raise error
+        register(start, length, None)
 
-    watched = [handle, error, register, deregister]
+    cache = ioproc.RegistrationCache(register, deregister, max_regions=2)
+    watched = [handle, error, register, deregister, cache]
     counts = [sys.getrefcount(each) for each in watched]
     for _ in range(10):
-        cache = ioproc.RegistrationCache(register, deregister, max_regions=2)
         regions = [cache.get(page * PAGE, PAGE) for page in (0, 2, 4)]
         raising.append(True)
         for call, *arguments in ((cache.get, 9 * PAGE, PAGE), (cache.put, regions.pop()), (cache.put, regions.pop()),
-                                 (cache.close,)):
+                                 (cache.invalidate, 0, 9 * PAGE)):
             try:
                 call(*arguments)
             except ConnectionError:
-                pass
-        error.__traceback__ = error.__context__ = None
+                error.__traceback__ = error.__context__ = None
         raising.clear()
-        cache = call = arguments = regions = None
-    gc.collect()
+        call = arguments = regions = None
     assert [sys.getrefcount(each) for each in watched] == counts
 
 
