@@ -1,6 +1,7 @@
 """Nothing grows: cycles of create, use and drop, measured in references, in frames and in the process's memory."""
 import ctypes
 import gc
+import itertools
 import mmap
 import sys
 import tracemalloc
@@ -129,8 +130,104 @@ def use_translation_cache():
     ioproc.hit_curve(range(100))
 
 
+def device_in_use(nic, mm, placement, translation, fork="revised"):
+    """A context that has transferred, failed to, forked, and holds registrations; what holds all of that."""
+    pages(mm, 16)
+    ctx = nic.attach(mm, placement, translation, fork=fork, bounce_bytes=4 * PAGE, prefault=2)
+    ctx.rdma_write(BASE + 100, b"d" * 6 * PAGE)
+    held = [ctx, mm, nic]
+    if translation != "bounce":
+        held += [ctx.register(BASE + 2 * PAGE, 3 * PAGE), ctx.register(BASE + 4 * PAGE, 3 * PAGE, "r")]
+        with pytest.raises(ioproc.RemoteAccessError):
+            ctx.register(BASE + 14 * PAGE, 4 * PAGE)
+    with pytest.raises(ioproc.RemoteAccessError):
+        ctx.rdma_read(BASE + 14 * PAGE, 4 * PAGE)
+    held.append(mm.fork())
+    mm.write(BASE, b"p" * 4 * PAGE)
+    ctx.rdma_write_to(BASE, 2 * PAGE, ctx, BASE + 8 * PAGE)
+    mm.mprotect(BASE, PAGE, RO)
+    mm.munmap(BASE + 6 * PAGE, PAGE)
+    return held
+
+
+DEVICES = [*(tuple(design.values()) for design in ioproc.DESIGNS.values()), ("mm", "fault", "inherit"),
+           ("interval", "pin-cache+hooks", "inherit"), ("vma", "pin-cache+hooks", "precopy")]
+
+
+def use_devices():
+    """Ended by its process, its context, its NIC, its registrations, in every order."""
+    for design, order in zip(itertools.cycle(DEVICES), itertools.permutations(range(4))):
+        mem = ioproc.PhysicalMemory(frames=128)
+        ctx, mm, nic, *registrations, child = device_in_use(ioproc.Nic(8, 2, table_entries=20), ioproc.AddressSpace(mem), *design)
+        ends = [[mm.exit], [ctx.detach], [nic.close], [each.deregister for each in registrations]]
+        for end in itertools.chain(*(ends[number] for number in order), [child.exit]):
+            end()
+        assert mem.stats["frames_used"] == 0
+
+
+def use_devices_without_end():
+    """Dropped, in every order; some of them with a reference from the address space's callbacks back to the device."""
+    for design, order in zip(DEVICES, itertools.permutations(range(4))):
+        mm = ioproc.AddressSpace(ioproc.PhysicalMemory(frames=128))
+        held = device_in_use(ioproc.Nic(8, None), mm, *design)
+        if order[0] & 1:
+            mm.register_ops(ioproc.Ops(update_page=lambda *_, ctx=held[0]: ctx.stats))
+        mm = None
+        for each in order:
+            held[each] = None
+
+
+def use_a_device_that_leaves_a_transfer():
+    """A callback that would detach it is refused, in the middle of a transfer, which raises that."""
+    mm = ioproc.AddressSpace(ioproc.PhysicalMemory(frames=64))
+    pages(mm, 16)
+    ctx = ioproc.Nic().attach(mm, "mm", "pin-cache+hooks")
+    mm.register_ops(ioproc.Ops(update_page=lambda vma, addr: ctx.detach()))
+    with pytest.raises(RuntimeError):
+        ctx.rdma_write(BASE, b"d" * 3 * PAGE)
+    ctx.detach()
+    with pytest.raises(ioproc.RemoteAccessError):
+        ctx.register(BASE, PAGE)
+
+
+class Registrar:
+    """A registration cache whose callables are its owner's, and raise now and then."""
+
+    def __init__(self, fails=None, **options):
+        self.cache = ioproc.RegistrationCache(self.register, self.deregister, **options)
+        self.fails, self.calls = fails, 0
+
+    def register(self, start, length, access):
+        self.fail("register")
+        return [start] * 100                # a handle that is worth keeping
+
+    def deregister(self, start, length, handle):
+        self.fail("deregister")
+
+    def fail(self, what):
+        self.calls += 1
+        if what == self.fails and self.calls % 3 == 0:
+            raise ConnectionError(what, self)
+
+
+def use_registration_cache():
+    for fails, defer in itertools.product((None, "register", "deregister"), (False, True)):
+        owner = Registrar(fails, max_regions=3, defer=defer)
+        cache, held = owner.cache, []
+        for call, *where in ([(cache.get, page, 1) for page in range(0, 20, 2)] + [(cache.put,), (cache.put,), (cache.get, 0, 9)]
+                             + [(cache.invalidate, 0, 5), (cache.flush,), (cache.invalidate, 9, 4)] + [(cache.close,)] * defer):
+            arguments = [held.pop()] if call == cache.put else [number * PAGE for number in where]
+            try:
+                held.insert(0, call(*arguments))
+            except ConnectionError:
+                assert fails
+        with pytest.raises(ValueError):
+            cache.get(0, 0)
+        owner.fails = None          # nobody is there to be told any more: the cache, its owner and regions in use are dropped
+
+
 USES = [use_memory, use_without_exit, use_forks, use_files, use_ops, use_exceptions, use_counting, use_bad_arguments,
-        use_translation_cache]
+        use_translation_cache, use_devices, use_devices_without_end, use_a_device_that_leaves_a_transfer, use_registration_cache]
 
 
 class Mallinfo2(ctypes.Structure):
@@ -213,6 +310,56 @@ def test_references_are_given_back():
             mm.unregister_ops(ops)
         del mm
     gc.collect()
+    assert [sys.getrefcount(each) for each in watched] == counts
+
+
+@pytest.mark.parametrize("design", DEVICES, ids=lambda design: ioproc._core.design_name(*design))
+def test_devices_give_references_back(design):
+    mem, nic = ioproc.PhysicalMemory(frames=64), ioproc.Nic()
+    mm = ioproc.AddressSpace(mem)
+    watched = [mem, nic, mm]
+    counts = [sys.getrefcount(each) for each in watched]
+    for end in range(3):
+        held = device_in_use(nic, mm, *design)
+        held[-1].exit()
+        if end == 1:
+            held[0].detach()
+        held = None
+        if end == 0:
+            nic.close()
+        elif end == 2:
+            mm.exit()
+    gc.collect()
+    assert [sys.getrefcount(each) for each in watched] == counts
+
+
+def test_a_registration_cache_keeps_only_what_is_registered():
+    """Handles and exceptions, as long as it lives."""
+    handle, error = object(), ConnectionError()
+    raising = []
+
+    def register(start, length, access):
+        if raising:
+            raise error
+        return handle
+
+    def deregister(start, length, handle):
+        register(start, length, None)
+
+    cache = ioproc.RegistrationCache(register, deregister, max_regions=2)
+    watched = [handle, error, register, deregister, cache]
+    counts = [sys.getrefcount(each) for each in watched]
+    for _ in range(10):
+        regions = [cache.get(page * PAGE, PAGE) for page in (0, 2, 4)]
+        raising.append(True)
+        for call, *arguments in ((cache.get, 9 * PAGE, PAGE), (cache.put, regions.pop()), (cache.put, regions.pop()),
+                                 (cache.invalidate, 0, 9 * PAGE)):
+            try:
+                call(*arguments)
+            except ConnectionError:
+                error.__traceback__ = error.__context__ = None
+        raising.clear()
+        call = arguments = regions = None
     assert [sys.getrefcount(each) for each in watched] == counts
 
 

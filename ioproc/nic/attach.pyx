@@ -79,13 +79,16 @@ cdef void context_detach(NicContext *context) noexcept nogil:
     """From a process that goes on, or has ended without being asked to tell (placement "none")."""
     cdef MM *mm = context.mm
     cdef void *outer = thread_inside()      # of the garbage collector, perhaps
+    cdef int error = 0
     mm_lock(mm)
     thread_set_inside(mm)
     if not context.gone:
         if context.placement == AT_MM and not mm.dead:
-            mm_unregister(mm, &context.ops)
+            error = mm_unregister(mm, &context.ops)
         elif context.placement == AT_VMA and not mm.dead:
-            vma_unregister(mm, &context.ops, 0, TASK_SIZE & PAGE_MASK)
+            error = vma_unregister(mm, &context.ops, 0, TASK_SIZE & PAGE_MASK)
+        if error == -ENOMEM:
+            chains_cut(mm, &context.ops)
         context_end(context)
     thread_set_inside(outer)
     mm_unlock(mm)

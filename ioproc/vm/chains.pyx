@@ -224,6 +224,29 @@ cdef int vma_unregister(MM *mm, const ioproc_ops *ops, u64 addr, u64 length) noe
     return 0 if found else -EINVAL
 
 
+cdef void chains_cut(MM *mm, const ioproc_ops *ops) noexcept nogil:
+    """
+    From every chain, in place: where there is no memory to make them anew.  Equal chains may be two afterwards, which keeps
+    VMAs apart.
+    """
+    cdef Chain *cell = mm.cells
+    cdef VMArea *vma = mm.first
+    chain_cut(mm, &mm.chain, ops)
+    while vma != NULL:
+        chain_cut(mm, &vma.chain, ops)
+        vma = vma.next
+    while cell != NULL:
+        chain_cut(mm, &cell.next, ops)
+        cell = cell.interned
+
+
+cdef void chain_cut(MM *mm, Chain **link, const ioproc_ops *ops) noexcept nogil:
+    cdef Chain *cell = link[0]
+    if cell != NULL and cell.ops == ops:
+        link[0] = cell_hold(cell.next)
+        cell_put(mm, cell)
+
+
 cdef void release_ops(MM *mm, const ioproc_ops *ops) noexcept nogil:
     mm.hooks.walks[<int> RELEASE] += 1
     mm.hooks.cells += 1
