@@ -107,7 +107,7 @@ def break_even(quick):
 
 
 def stops(quick):
-    """The share of the memory from which per VMA costs more, by what a call costs: between two of the shares tried."""
+    """The share of the memory up to which per VMA costs less, by what a call costs: between two of the shares tried."""
     shares = (0.01, 0.5, 1.0) if quick else (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0)
     for name in names(quick):
         for hooks, translation in HOOKS.items():
@@ -115,11 +115,10 @@ def stops(quick):
             evens = [saved(*(run_recorded(name, share, f"{where}+{translation}").stats for where in ("mm", "vma")))[1]
                      for share in shares]
             for call in (MODERN.callback_ns, 50, 500, 5_000, 50_000):
-                paid = [share for share, even in zip(shares, evens, strict=True) if even < call]
-                first = next((share for share, even in zip(shares, evens, strict=True) if even >= call), None)
+                last = max((share for share, even in zip(shares, evens, strict=True) if even < call), default=None)
                 row[f"at {duration(call)} a call"] = (
-                    "always less" if first is None else "always more" if not paid else
-                    f"{percent(100 * max((one for one in paid if one < first), default=0))} to {percent(100 * first)}")
+                    "always more" if last is None else "always less" if last == shares[-1] else
+                    f"{percent(100 * last)} to {percent(100 * shares[shares.index(last) + 1])}")
             yield row
 
 

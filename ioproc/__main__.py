@@ -344,17 +344,17 @@ def _compare(options):
         compared = compare(trace, *designs, turns=options.turns)
     except (ValueError, ImportError) as error:
         raise RecordError(str(error)) from None
-    if options.plot:
-        pictures(compared, options.plot)
     if options.json:
         print(json.dumps(plain(bench.design_json({options.history: compared}))))
     elif options.csv:
-        rows = [plain(row.figures()) for row in compared]
+        rows = [plain(row.figures() | {"failed": row.failed}) for row in compared]
         writer = csv.DictWriter(sys.stdout, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     else:
         print(compared)
+    if options.plot:
+        pictures(compared, options.plot)
     return UNSAFE if options.safe and not all(row.safe for row in compared) else 0
 
 

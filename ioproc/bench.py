@@ -329,6 +329,13 @@ def main(arguments=None):
         if isinstance(error, BrokenPipeError):                              # whoever read our output has seen enough
             return 0
         return fail(f"standard output: {error.strerror}", 2)
+    try:
+        if options.plot:
+            draw(results[-1], options.plot)
+    except KeyboardInterrupt:
+        return fail("interrupted", 130)
+    except OSError as error:
+        return fail(f"{error.filename or options.plot}: {error.strerror}", 2)
     return 0
 
 
@@ -343,8 +350,8 @@ def usable(options):
         return list(histories(options.trace or (), options.workload or ())), design_arguments(options)
     except (ValueError, ImportError) as error:
         parser().error(str(error))
-    except OSError as error:            # this machine's cost
-        parser().error(error.strerror)
+    except OSError as error:            # this machine's cost has no file
+        parser().error(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
 
 
 def run(options, loaded, designs):
@@ -358,8 +365,6 @@ def run(options, loaded, designs):
     answers = [answer(*one, costs["call_ns"], costs["register_ns"]) for one in told]
     turns = 1 if options.quick else 5
     compared = {name: compare(talking(trace, options.seed), *designs, turns=turns) for name, trace in loaded}
-    if options.plot:
-        draw(compared, options.plot)
     progress("")
     return told, costs, answers, compared
 
@@ -370,6 +375,7 @@ def draw(compared, path):
     for name, comparison in compared.items():
         progress(f"{name}: pictures")
         pictures(comparison, path if len(compared) == 1 else path.with_stem(f"{path.stem}-{name.replace(os.sep, '_')}"))
+    progress("")
 
 
 def report(options, told, costs, answers, compared):
@@ -393,7 +399,8 @@ def report(options, told, costs, answers, compared):
 def design_json(compared):
     """What JSON has of comparisons: ``designs`` (rows), ``nic``, and ``cost``, every parameter with its source."""
     one = next(iter(compared.values()))
-    rows = [{"history": name, "rank": rank if row.safe else None} | row.figures() | {"attach": row.attach, "failed": row.failed}
+    rows = [{"history": name, "rank": rank if row.safe and row.sound else None} | row.figures()
+            | {"attach": row.attach, "failed": row.failed}
             for name, comparison in compared.items() for rank, row in enumerate(comparison.ranked(), 1)]
     parameters = [parameter._asdict() for parameter in one.cost.parameters()]
     return {"designs": rows, "nic": one.nic, "cost": {"name": one.cost.name, "parameters": parameters}}

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 import statistics
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from .trace.player import FRAMES
 __all__ = ["Comparison", "Row", "by_share", "checked", "compare", "design", "pictures", "translations"]
 
 PAGE = 4096
+HERE = "safe here"
 SHARES = (0.01, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
@@ -72,6 +74,12 @@ class Row:
         return not self.violations and self.failed is None
 
     @property
+    def sound(self) -> bool:
+        """bool: another history would not show one either.  Not `pin-cache`, nor hooks that fork does not call."""
+        told = self.attach.get("fork") != "posted" or self.attach.get("placement") == "none"
+        return told and self.attach.get("translation") != "pin-cache"
+
+    @property
     def useful_share(self) -> float:
         """float: of the callbacks; nan without any."""
         return self.stats["useful"] / self.stats["callbacks"] if self.stats["callbacks"] else float("nan")
@@ -88,7 +96,7 @@ class Row:
 
     def figures(self) -> dict[str, Any]:
         """All of it flat: a row of `Comparison.to_numpy`."""
-        return {"design": self.design, "safe": self.safe, **self.stats, "useful_share": self.useful_share,
+        return {"design": self.design, "safe": self.safe, "sound": self.sound, **self.stats, "useful_share": self.useful_share,
                 "hit_share": self.hit_share, "vmas_added": self.vmas_added, "disagreement": self.disagreement,
                 "modelled_ns": self.modelled_ns,
                 **{f"{component.replace(' ', '_')}_ns": self.modelled[component] for component in COMPONENTS},
@@ -132,13 +140,16 @@ class Comparison(Sequence):
         raise KeyError(which)
 
     def ranked(self) -> list[Row]:
-        """The designs by modelled cost, cheapest first; all that violated after all that did not, then those that failed."""
-        return sorted(self.rows, key=lambda row: (row.failed is not None, not row.safe, row.modelled_ns))
+        """
+        The designs by modelled cost, cheapest first: the sound ones, those that are safe on this history only, those that
+        violated, those that failed.
+        """
+        return sorted(self.rows, key=lambda row: (row.failed is not None, not row.safe, not row.sound, row.modelled_ns))
 
     def to_numpy(self) -> np.ndarray:
         """A structured array, one row for each design.
 
-        The fields are ``design``, ``safe``, every count of `Nic.stats`, ``useful_share``, ``hit_share``, ``vmas_added``,
+        The fields are ``design``, ``safe``, ``sound``, every count of `Nic.stats`, ``useful_share``, ``hit_share``, ``vmas_added``,
         ``disagreement``, ``modelled_ns`` and each of its components, ``measured_ns``, ``noise_ns``.
         """
         figures = [row.figures() for row in self.rows]
@@ -160,9 +171,11 @@ class Comparison(Sequence):
         nic = ", ".join(f"{name}={value}" for name, value in self.nic.items()) or "as Nic() is"
         changed = max((row.disagreement - self.nothing.disagreement for row in ranked if not row.failed), default=0)
         agreed = f"; at most {percent(100 * changed)} of the events otherwise than without a device" if changed > 0 else ""
-        failures = "".join(f"\n{row.design}: {row.failed}" for row in ranked if row.failed)
+        notes = "".join(f"\n{row.design}: {row.failed}" for row in ranked if row.failed)
+        if any(row.safe and not row.sound for row in ranked):
+            notes = f"\n{HERE}: no violation on this history; on one that unmaps, protects or forks there may be{notes}"
         return (f"{counted(len(self.trace), 'event')}, {counted(self.nothing.operations.get('comm', 0), 'transfer')}; "
-                f"NIC: {nic}; modelled for: {self.cost.name}{agreed}\n\n{table(counts, 2)}{failures}\n\n"
+                f"NIC: {nic}; modelled for: {self.cost.name}{agreed}\n\n{table(counts, 2)}{notes}\n\n"
                 f"modelled time by component\n\n{table(parts, 2)}")
 
 
@@ -171,7 +184,7 @@ _COLUMNS = ["", "design", "callbacks", "useful", "inval.", "NIC faults", "hits",
 
 
 def _rank(number, row):
-    return "failed" if row.failed else str(number) if row.safe else "UNSAFE"
+    return "failed" if row.failed else "UNSAFE" if not row.safe else str(number) if row.sound else HERE
 
 
 def _counts(row):
@@ -317,7 +330,9 @@ def _row(name, attach, result, nothing, cost, spent, without):
     noise = statistics.median(without) - min(without)
     if isinstance(result, MemoryError):
         stats = dict.fromkeys(Nic().stats, 0)
-        return Row(name, attach, stats, cost.model(stats), float("nan"), noise, 0, float("nan"), (), str(result))
+        unknown = float("nan")
+        modelled = dict.fromkeys(("total", *COMPONENTS), unknown)
+        return Row(name, attach, stats, modelled, unknown, noise, 0, unknown, (), str(result))
     return Row(name, attach, result.device, cost.model(result.device), max(min(spent) - min(without), 0.0), noise,
                result.vmas_peak - nothing.vmas_peak, result.disagreement, result.violations)
 
@@ -390,13 +405,15 @@ def pictures(comparison: Comparison, path: str | os.PathLike[str]) -> list[Path]
     plot.check(path)
     path, trace = Path(path), comparison.trace
     written = [path]
-    plot.cost_bars([row for row in comparison.ranked() if not row.failed], path)
+    name = textwrap.shorten(printable(trace.metadata.get("command", "a history")), 60, placeholder=" ...")
+    plot.cost_bars([row for row in comparison.ranked() if not row.failed], path,
+                   f"{name}, {counted(comparison.nothing.operations.get('comm', 0), 'transfer')}")
     asked = translations(trace)
     if len(asked):
         written.append(path.with_stem(f"{path.stem}-hits"))
-        plot.hit_curve(hit_curve(asked), written[-1])
+        plot.hit_curve(hit_curve(asked), written[-1], name)
     silent = Trace(trace.events[trace.events["op"] != Op.COMM], trace.metadata)
     written.append(path.with_stem(f"{path.stem}-share"))
     series = by_share(silent, nic=comparison.nic, cost=comparison.cost, component="callbacks")
-    plot.crossover(series, written[-1], title="callbacks and attachments to VMAs")
+    plot.crossover(series, written[-1], title=f"{name}: callbacks and attachments to VMAs")
     return written

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from .cost import COMPONENTS
+from .trace.source import output_path
 
 __all__ = ["check", "cost_bars", "crossings", "crossover", "hit_curve"]
 
@@ -30,11 +31,14 @@ def check(path: str | os.PathLike) -> None:
     ------
     ValueError
         A suffix that is neither ``.png`` nor ``.svg``.
+    OSError
+        Nothing can be written there.
     ImportError
         matplotlib is missing.
     """
     if Path(path).suffix.lower() not in SUFFIXES:
         raise ValueError(f"path = {str(path)!r}: must end in {' or '.join(SUFFIXES)}")
+    output_path(path)
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
@@ -82,8 +86,9 @@ def cost_bars(comparison, path: str | os.PathLike, title: str | None = None) -> 
     Parameters
     ----------
     comparison : iterable
-        Rows with ``design`` (its name), ``modelled`` (ns by component, as `Cost.model` returns it) and ``violations``;
-        designs with violations are drawn pale and marked unsafe.  A bar far longer than most is cut, and says so.
+        Rows with ``design`` (its name), ``modelled`` (ns by component, as `Cost.model` returns it), ``violations`` and
+        ``sound``; designs with violations are drawn pale and marked unsafe, others that are not sound ``safe here``.  A bar
+        far longer than most is cut, and says so.
     path : path
         A file to write, ``.png`` or ``.svg``.
     title : str, optional
@@ -98,7 +103,9 @@ def cost_bars(comparison, path: str | os.PathLike, title: str | None = None) -> 
     if not rows:
         raise ValueError("comparison: has no rows")
     totals = np.array([row.modelled["total"] for row in rows])
-    longest = min(max(totals), 4 * np.median(totals)) or max(totals) or 1
+    longest = max(totals) or 1
+    if longest > 8 * np.median(totals) > 0:         # else the others could still be read beside it
+        longest = 4 * np.median(totals)
     unit, size = _unit(longest)
     figure, axes = _axes(path, title, height=1.7 + 0.3 * len(rows))
     places, begin = np.arange(len(rows)), np.zeros(len(rows))
@@ -108,12 +115,13 @@ def cost_bars(comparison, path: str | os.PathLike, title: str | None = None) -> 
             continue
         bars = axes.barh(places, length, 0.75, begin, color=color, edgecolor="white", linewidth=0.5, label=component)
         for bar, row in zip(bars, rows, strict=True):
-            bar.set_alpha(0.35 if row.violations else 1)
+            bar.set_alpha(1 if row.sound and not row.violations else 0.35)
         begin += length
     for place, row, total in zip(places, rows, totals, strict=True):
         if total > longest:
             axes.text(0.9 * longest / size, place, "//", color="white", weight="bold", va="center")
-        told = ("… " if total > longest else "") + _duration(total) + ("  UNSAFE" if row.violations else "")
+        told = ("… " if total > longest else "") + _duration(total) + (
+            "  UNSAFE" if row.violations else "" if row.sound else "  safe here")
         axes.annotate(told, (min(total, longest) / size, place), xytext=(4, 0), textcoords="offset points", va="center",
                       fontsize="small", color=VERMILION if row.violations else BLACK)
     axes.set_yticks(places, [row.design for row in rows])
@@ -259,8 +267,8 @@ def crossover(series: dict, path: str | os.PathLike, title: str | None = None) -
         apart.set_xscale("log")
         apart.xaxis.set_major_formatter(lambda percent, _: f"{percent:g}")
     whole.set_ylim(bottom=0)
-    whole.set_ylabel(f"cost, {unit}")
-    apart.set_ylabel(f"cost beyond that of\n{first}, {few}")
+    whole.set_ylabel(f"modelled cost, {unit}")
+    apart.set_ylabel(f"modelled cost beyond\nthat of\n{first}, {few}")
     apart.set_xlabel("share of the memory that communicates, %")
     for axes in (whole, apart):
         axes.grid(color="0.9")

@@ -190,17 +190,27 @@ class Context:
         self.caches = self.translation in ("preload-registered", "pin-cache", "pin-cache+hooks")
         self.regions = Regions(self, *limits)
         self.counts, self.noted = Counter(), []
-        self.bounce = [mm.mem.allocate() for _ in range(align(bounce) // PAGE if self.translation == "bounce" else 0)]
+        self.bounce = self.bounce_frames(align(bounce) // PAGE) if self.translation == "bounce" else []
         if self.bounce:
             self.counts.update(registrations=1, registered_pages=len(self.bounce), pinned=len(self.bounce))
-        for frame in self.bounce:
-            frame.pins = 1
         if not isinstance(mm, Followed):
             mm.__class__, mm.contexts = Followed, []
         mm.contexts.append(self)
         self.ops = model.Ops(**self.callbacks())
         if self.placement == "mm":
             mm.register_ops(self.ops)
+
+    def bounce_frames(self, pages):
+        frames = []
+        try:
+            while len(frames) < pages:
+                frames.append(self.mem.with_room(self.mem.allocate))
+                frames[-1].pins = 1
+        except MemoryError:
+            for frame in frames:
+                self.mem._unpin(frame)
+            raise
+        return frames
 
     def inherit(self, parent, registrations):
         """What takes part in the parent does in its child, and is registered there too if it can be."""

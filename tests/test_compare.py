@@ -163,6 +163,16 @@ def test_an_unsafe_design_is_never_first_and_says_so(churn):
     assert lines[2] == lines[5] == ["UNSAFE", "pin-cache"]
 
 
+def test_who_was_only_lucky_comes_after_who_is_safe():
+    """Nothing is unmapped here, and nobody forks."""
+    still = History().mmap(0, 64).faults(0, 64).comm(0, 64).trace()
+    comparison = compare_(still, ["mm+fault", "pin-cache", "mm+fault/posted", "pin", "pin-cache/precopy"], cost=FREE)
+    assert all(row.safe for row in comparison)
+    assert [row.sound for row in comparison.ranked()] == [True, True, False, False, False]
+    assert comparison["mm+fault"].sound and comparison["pin"].sound
+    assert str(comparison).count("\nsafe here  ") == 6 and "\nsafe here: no violation on this history" in str(comparison)
+
+
 def test_the_safe_are_ranked_by_modelled_cost(compared):
     safe = [row.modelled_ns for row in compared.ranked() if row.safe]
     unsafe = [row.modelled_ns for row in compared.ranked() if not row.safe]
@@ -182,7 +192,7 @@ def test_a_design_that_runs_out_of_memory(churn, monkeypatch):
     assert (row.failed, row.safe, row.violations) == ("replay stopped in event 7: out of frames", False, 0)
     assert comparison.ranked() == [comparison["pin"], row]
     assert "\npin-cache: replay stopped in event 7: out of frames\n" in str(comparison)
-    assert math.isnan(comparison.to_numpy()["measured_ns"][0])
+    assert all(math.isnan(comparison.to_numpy()[field][0]) for field in ("modelled_ns", "registration_ns", "measured_ns"))
 
 
 def test_a_nic_that_does_not_fit():
@@ -351,7 +361,7 @@ def test_a_command_for_machines():
     assert {"register_ns"} < {parameter["name"] for parameter in told["cost"]["parameters"]}
     rows = list(csv.DictReader(io.StringIO(run(CHURN, "--csv", "--designs", "pin,pin-cache").stdout)))
     assert [row["design"] for row in rows] == ["pin", "pin-cache"]
-    assert int(rows[0]["registrations"]) == 200
+    assert int(rows[0]["registrations"]) == 200 and rows[0]["failed"] == ""
 
 
 def test_a_history_without_messages_gets_some(tmp_path):

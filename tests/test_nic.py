@@ -798,6 +798,16 @@ def test_ranges_that_are_none(design):
     assert ctx.stats["transfers"] == 1 and ctx.stats["pinned"] == (256 if design == "bounce" else 0)
 
 
+def test_a_bounce_buffer_makes_room_for_itself():
+    mm = process(pages=30, frames=32)
+    mm.write(BASE, b"x" * 30 * P)
+    ctx = attach(mm, "bounce", bounce_bytes=16 * P)
+    assert mm.mem.stats["swapped_out"] >= 14 and ctx.stats["pinned"] == 16
+    assert ctx.rdma_read(BASE, 30 * P) == b"x" * 30 * P
+    whole(ctx)
+    check_memory(mm.mem, [mm])
+
+
 def test_no_memory_for_a_bounce_buffer():
     """Nothing is left of it: no frame, no translation."""
     mm, nic = process(frames=16), Nic(table_entries=32)

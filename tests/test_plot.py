@@ -13,8 +13,8 @@ LINES = {"whole": [(0.0, 100.0), (1.0, 100.0)], "per VMA": [(0.0, 0.0), (1.0, 40
 CURVE = np.array([0, 5, 8, 9])
 
 
-def row(design, violations=0, **counts):
-    return SimpleNamespace(design=design, modelled=Cost().model(counts), violations=violations)
+def row(design, violations=0, sound=True, **counts):
+    return SimpleNamespace(design=design, modelled=Cost().model(counts), violations=violations, sound=sound)
 
 
 ROWS = [row("mm+fault", faults=100), row("pin", registrations=50, registered_pages=200), row("pin-cache", 3, registrations=1)]
@@ -94,10 +94,17 @@ def test_cost_bars_tell_designs_components_units_and_who_is_unsafe(tmp_path):
     assert told.index("mm+fault") < told.index("pin") < told.index("pin-cache")
 
 
+def test_cost_bars_tell_who_is_safe_here_only(tmp_path):
+    told = texts(drawn("cost_bars", [row("pin-cache", sound=False, registrations=1)], tmp_path / "bars.svg"))
+    assert "16 µs  safe here" in told
+
+
 def test_cost_bars_that_are_far_longer_are_cut(tmp_path):
     long = [*ROWS, row("long", registrations=1000), row("short", registrations=1)]
     told = texts(drawn("cost_bars", long, tmp_path / "bars.svg"))
     assert "… 16 ms" in told and told.count("//") == 1
+    told = texts(drawn("cost_bars", [*ROWS, row("long", registrations=300)], tmp_path / "bars.svg"))
+    assert "4.8 ms" in told and "//" not in told            # the others can be read beside it
 
 
 def test_cost_bars_of_nothing_and_of_no_rows(tmp_path):
@@ -132,7 +139,8 @@ def test_curves_that_are_none(curve, tmp_path):
 
 def test_crossover_is_marked(tmp_path):
     told = texts(drawn("crossover", LINES, tmp_path / "crossover.svg"))
-    assert {"whole", "per VMA", "share of the memory that communicates, %", "cost, ns", "cost beyond that of", "whole, ns",
+    assert {"whole", "per VMA", "share of the memory that communicates, %", "modelled cost, ns", "modelled cost beyond",
+            "that of", "whole, ns",
             "25 %: from here", "whole costs less"} <= set(told)
 
 
@@ -142,7 +150,7 @@ def test_crossover_has_a_log_axis_unless_a_share_is_zero(tmp_path):
 
 
 def test_crossover_of_one_line(tmp_path):
-    assert "cost, µs" in texts(drawn("crossover", {"alone": [(0.5, 2000)]}, tmp_path / "crossover.svg"))
+    assert "modelled cost, µs" in texts(drawn("crossover", {"alone": [(0.5, 2000)]}, tmp_path / "crossover.svg"))
 
 
 def test_colours_are_okabe_and_itos(tmp_path):

@@ -42,6 +42,7 @@ DESIGNS = {
     "mm+pin-cache+hooks, limits": {"attach": {**ioproc.DESIGNS["mm+pin-cache+hooks"], "max_regions": 2, "max_bytes": 5 * PAGE}},
     "vma+fault, few VMAs": {"attach": ioproc.DESIGNS["vma+fault"], "max_map_count": 7},
     "bounce": {"attach": {**ioproc.DESIGNS["bounce"], "bounce_bytes": 2 * PAGE}},
+    "bounce, few frames": {"attach": {**ioproc.DESIGNS["bounce"], "bounce_bytes": 2 * PAGE}, **LIMITS},
     **{f"{name}, huge pages": {"attach": ioproc.DESIGNS[name], "huge_pages": 5, "nic": {**NIC, "page_shift": 21}}
        for name in ("mm+fault", "vma+fault", "interval+fault", "mm+preload", "pin", "mm+pin-cache+hooks")},
     "mm+fault, huge pages in small ones": {"attach": ioproc.DESIGNS["mm+fault"], "huge_pages": 5},

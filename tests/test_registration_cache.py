@@ -259,6 +259,47 @@ def test_deferred_deregistration(later):
     assert device.told() == [("-", 10, 1)]
 
 
+def test_registered_by_another_after_merging_has_failed():
+    """What was left over is deregistered before the second attempt, without the lock: somebody may be faster."""
+    class Slow(Device):
+        def register(self, start, length, access):
+            if length > PAGE:
+                self.cache.invalidate(50 * PAGE, PAGE)
+            return super().register(start, length, access)
+
+        def deregister(self, start, length, handle):
+            super().deregister(start, length, handle)
+            if start == 50 * PAGE:
+                self.use(1)
+
+    device = Slow(defer=True)
+    device.refused.add((0, 2))
+    device.use(50)
+    device.use(0)
+    assert device.use(1) == (1, 1, "rw") and device.cache.stats["in_use"] == 0
+    assert device.regions() == [(0, 1, "rw"), (1, 1, "rw")]
+    device.cache.close()
+    assert not device.registered
+
+
+def test_with_the_hooks_of_an_address_space():
+    """A hook may not unpin: what it invalidates is deregistered later."""
+    mem = ioproc.PhysicalMemory(frames=64)
+    with ioproc.AddressSpace(mem) as mm:
+        cache = ioproc.RegistrationCache(lambda start, length, access: mem.pin(mm, start, length),
+                                         lambda start, length, pfns: mem.unpin(pfns), defer=True)
+        mm.register_ops(ioproc.Ops(invalidate_range=lambda vma, start, end: cache.invalidate(start, end - start)))
+        addr = mm.mmap(8 * PAGE)
+        with cache.get(addr, 8 * PAGE) as region:
+            pfns = region.handle
+        mm.munmap(addr, 8 * PAGE)
+        assert cache.regions() == [] and mem.stats["frames_used"] == 8      # pinned until somebody may unpin
+        mm.mmap(8 * PAGE, addr=addr)
+        with cache.get(addr, 8 * PAGE) as region:
+            assert mm.pagemap(addr, 8 * PAGE)["pfn"].tolist() == list(region.handle) != list(pfns)
+        cache.close()
+
+
 def test_invalidated_while_it_is_registered(device):
     """The range is registered again: what was registered may be of memory that is gone."""
     register, left = device.register, [3]

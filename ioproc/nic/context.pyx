@@ -62,7 +62,7 @@ cdef class Context:
         """Everything but the attachment."""
         cdef NicContext *context = <NicContext *> calloc(1, sizeof(NicContext))
         if context == NULL:
-            raise MemoryError("Context")
+            raise MemoryError("no memory for a context")
         self.context = context
         context.gone = True                 # so far
         self.nic = nic
@@ -77,7 +77,7 @@ cdef class Context:
         context.index = table_new()
         context.huge_index = table_new()
         if context.index == NULL or context.huge_index == NULL:
-            raise MemoryError("Context")
+            raise MemoryError("no memory for a context")
         if translation in (PIN_CACHE, PIN_CACHE_HOOKS):
             context.has_registered = 0 == regcache_init(
                 &context.registered, register_pinned, deregister_pinned, context, regions, bytes_, PAGE_SIZE, True, False)
@@ -85,7 +85,7 @@ cdef class Context:
             context.has_registered = 0 == regcache_init(
                 &context.registered, register_preloaded, deregister_preloaded, context, regions, bytes_, PAGE_SIZE, True, False)
         if translation in (PIN_CACHE, PIN_CACHE_HOOKS, PRELOAD_REGISTERED) and not context.has_registered:
-            raise MemoryError("Context")
+            raise MemoryError("no memory for a context")
         return 0
 
     cdef int begin(self, AddressSpace space, u64 bounce) except -1:
@@ -115,8 +115,10 @@ cdef class Context:
                 if context.translation == BOUNCE:
                     done = bounce_new(context, bounce)
                 error = context_attach(context) if done else -ENOMEM
+            if not done:
+                raise MemoryError(f"no frames for a bounce buffer of {bounce} pages")
             if error:
-                raise MemoryError("Context") if error == -ENOMEM else syscall_error(error, "attach")
+                raise MemoryError("no memory for a context") if error == -ENOMEM else syscall_error(error, "attach")
             context.gone = False
             nic.contexts[<size_t> mm] = weak_self
             space.owners[<size_t> context] = self

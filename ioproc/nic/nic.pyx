@@ -151,13 +151,13 @@ cdef class Nic:
             raise ValueError(f"table_entries = {table_entries}: not in 1 .. 2**32 - 1")
         self.nic = <NIC *> calloc(1, sizeof(NIC))
         if self.nic == NULL:
-            raise MemoryError("Nic")
+            raise MemoryError("no memory for a NIC")
         pthread_mutex_init(&self.nic.lock, NULL)
         pthread_cond_init(&self.nic.landed, NULL)
         self.nic.room = 64
         self.nic.entries = <Loaded *> calloc(64, sizeof(Loaded))
         if self.nic.entries == NULL:
-            raise MemoryError("Nic")
+            raise MemoryError("no memory for a NIC")
         self.nic.cache = cache_make(entries, ways, policy, seed)
         self.nic.limit = limit
         self.nic.huge = page_shift == 21

@@ -483,6 +483,7 @@ cdef inline int regcache_miss(RegCache *cache, u64 start, u64 end, u32 access, R
             break
         found = regcache_find(cache, start, end, access)
         if found != NULL:
+            error = 0                       # that the merged range could not be registered, before somebody else came
             break
         made.start = start & ~(cache.alignment - 1)
         made.end = (end + cache.alignment - 1) & ~(cache.alignment - 1)

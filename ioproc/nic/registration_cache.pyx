@@ -102,7 +102,8 @@ cdef class RegistrationCache:
     alignment : int
         Bytes, a power of two: regions begin and end at multiples of it.
     defer : bool
-        `invalidate` does not call `deregister`: the next `get`, `put` or `flush` does.  For callers in a fault handler.
+        `invalidate` does not call `deregister`: the next `get`, `put` or `flush` does.  For callers in a fault handler, or in
+        a hook whose `deregister` unpins: a hook may not change the memory it is told about.
 
     Raises
     ------
