@@ -149,8 +149,8 @@ class Comparison(Sequence):
     def to_numpy(self) -> np.ndarray:
         """A structured array, one row for each design.
 
-        The fields are ``design``, ``safe``, ``sound``, every count of `Nic.stats`, ``useful_share``, ``hit_share``, ``vmas_added``,
-        ``disagreement``, ``modelled_ns`` and each of its components, ``measured_ns``, ``noise_ns``.
+        The fields are ``design``, ``safe``, ``sound``, every count of `Nic.stats`, ``useful_share``, ``hit_share``,
+        ``vmas_added``, ``disagreement``, ``modelled_ns`` and each of its components, ``measured_ns``, ``noise_ns``.
         """
         figures = [row.figures() for row in self.rows]
         kinds = {bool: "?", int: "<i8", float: "<f8"}

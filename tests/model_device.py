@@ -1,23 +1,21 @@
 """A small NIC over model.py's address spaces, written to be read: what ioproc's must agree with.
 
-A context has translations of pages (`loaded`), and a driver that fills them: by faults, update hooks or registrations. Bytes
-are moved by what is translated, right or not; the oracle compares each translation with the page table as it is used.
-Counts are kept where the rules fix them; the translation cache, which only changes what an access costs, is not here.
+A NIC has translations of its contexts' pages, and each context a driver that loads them: by faults, update hooks or
+registrations. Bytes are moved by what is translated, right or not; the oracle compares each translation with the page table as
+it is used.
 """
 import itertools
 from collections import Counter, namedtuple
 
 import model
-from model_memory import PAGE, AccessError, BusError, Pte, align, chunks, operation
+from model_memory import HUGE, PAGE, AccessError, BusError, Pte, align, chunks, operation
 from model_vma import TASK_SIZE, Flag
 
 Violation = namedtuple("Violation", "address write kind design")
-Word = namedtuple("Word", "frame writable")         # a translation
+Word = namedtuple("Word", "frame writable unused", defaults=[False])       # a translation; unused: loaded by a hook, so far
 
 PACKET = 65536                                      # bytes that go from one NIC to another at once
-COUNTS = ("transfers", "bytes", "lookups", "attachments", "registrations", "registered_pages", "deregistrations",
-          "deregistered_pages", "regcache_hits", "regcache_misses", "pinned", "copied_bytes", "retries", "precopied", "errors",
-          "violations", "violations_frame", "violations_permission")
+BOUNCE = TASK_SIZE                                  # where the NIC has its bounce buffers
 PLACEMENTS = {"fault": ("mm", "vma", "interval"), "preload": ("mm", "vma"), "preload-registered": ("mm", "vma", "interval"),
               "pin": ("none",), "pin-cache": ("none",), "pin-cache+hooks": ("mm", "vma", "interval"), "bounce": ("none",)}
 
@@ -57,9 +55,9 @@ class Followed(model.MM):
     def bracket(self, start, end):
         for context in self.devices(placement="interval"):
             told = {(a, b) for a, b in context.intervals if a < end and start < b}
-            context.told |= told
-            if told:
-                context.invalidate(start, end)
+            context.told_of |= told
+            for a, b in sorted(told):
+                context.invalidate(max(a, start), min(b, end))
 
     def _copy_pages(self, vma, child):
         self.bracket(vma.start, vma.end)
@@ -80,6 +78,7 @@ class Followed(model.MM):
         return bool(contexts)
 
     def tear_down(self):
+        self.bracket(0, TASK_SIZE)
         super().tear_down()
         for context in self.contexts[:]:        # those that no hook has told
             context.end()
@@ -164,6 +163,7 @@ class Regions:
         gone = self.over(start, end)
         self.list = [region for region in self.list if region not in gone]
         self.discard(gone)
+        return len(gone)
 
     def discard(self, regions):
         """They have left; those in use are deregistered with their last put."""
@@ -181,18 +181,82 @@ class Regions:
             self.discard(unused[:1])
 
 
+class NicMemory:
+    """Translations, and the cache before them: each forgets what was not asked for the longest when it is full."""
+
+    def __init__(self, entries, ways, most, huge):
+        self.words = {}                                     # by (context, address, size); in the order they were asked for
+        self.cache = [{} for _ in range(entries // ways)]   # sets of their keys, in that order too
+        self.ways, self.most, self.huge = ways, most, huge
+
+    def set(self, key):
+        return self.cache[key[1] // key[2] % len(self.cache)]
+
+    def load(self, context, page, word):
+        size = HUGE if self.huge and word.frame.huge else PAGE
+        key = context, page // size * size, size
+        if key not in self.words and len(self.words) == self.most:
+            oldest = next(iter(self.words))
+            oldest[0].counts["evicted"] += 1
+            self.drop([oldest])
+        if self.words.setdefault(key, word) != word:
+            self.words[key] = word
+            self.set(key).pop(key, None)
+
+    def over(self, context, start, end):
+        return [key for key in self.words if key[0] is context and key[1] < end and start < key[1] + key[2]]
+
+    def drop(self, keys):
+        for key in keys:
+            del self.words[key]
+            self.set(key).pop(key, None)
+        return len(keys)
+
+    def restrict(self, keys):
+        writable = [key for key in keys if self.words[key].writable]
+        for key in writable:
+            self.words[key] = self.words[key]._replace(writable=False)
+            self.set(key).pop(key, None)
+        return len(writable)
+
+    def find(self, context, page):
+        """The key of a page's translation, or None."""
+        keys = (context, page, PAGE), (context, page // HUGE * HUGE, HUGE)
+        return next((key for key in keys if key in self.words), None)
+
+    def ask(self, context, page, again):
+        """The translation for an access, or None; `again`, once the driver has answered."""
+        key, counts = self.find(context, page), context.counts
+        hit = key is not None and key in self.set(key)
+        counts.update({} if again else {"lookups": 1, "hits": hit, "misses": not hit, "walks": key is not None and not hit})
+        if key is None:
+            return None
+        if not hit:
+            counts["useful"] += self.words[key].unused
+            self.words[key] = self.words.pop(key)._replace(unused=False)
+            if len(self.set(key)) == self.ways:
+                del self.set(key)[next(iter(self.set(key)))]
+        self.set(key).pop(key, None)
+        self.set(key)[key] = True
+        return self.words[key]
+
+
 class Context:
     def __init__(self, nic, mm, design):
         self.nic, self.mm, self.mem, self.design = nic, mm, mm.mem, design
         self.placement, self.translation, self.fork, self.prefault, *limits, bounce = design
-        self.loaded, self.gone = {}, False
-        self.intervals, self.told = [], set()       # those followed; those told since a NIC fault began to look
+        self.memory, self.gone = nic.memory, False
+        self.intervals, self.told_of = [], set()      # those followed; those told since a NIC fault began to look
         self.caches = self.translation in ("preload-registered", "pin-cache", "pin-cache+hooks")
         self.regions = Regions(self, *limits)
         self.counts, self.noted = Counter(), []
+        nic.ever.append(self)
         self.bounce = self.bounce_frames(align(bounce) // PAGE) if self.translation == "bounce" else []
         if self.bounce:
-            self.counts.update(registrations=1, registered_pages=len(self.bounce), pinned=len(self.bounce))
+            self.counts.update(registrations=1, registered_pages=len(self.bounce))
+            self.pin(len(self.bounce))
+        for number, frame in enumerate(self.bounce):
+            self.load(BOUNCE + number * PAGE, Word(frame, True))
         if not isinstance(mm, Followed):
             mm.__class__, mm.contexts = Followed, []
         mm.contexts.append(self)
@@ -229,60 +293,72 @@ class Context:
     # --- callbacks
 
     def callbacks(self):
-        calls = {"release": lambda mm: self.end(), "sync_range": lambda vma, start, end: None,
+        calls = {"release": lambda mm: self.told(self.end), "sync_range": lambda vma, start, end: self.told(),
                  "invalidate_range": lambda vma, start, end: self.invalidate(start, end),
                  "invalidate_page": lambda vma, addr: self.invalidate(addr, addr + self.page_size(addr)),
                  "change_protection": self.change_protection}
         if self.fork != "posted":
             calls["wrprotect_page"] = lambda vma, addr: self.restrict(addr, addr + self.page_size(addr))
         if self.translation == "preload":
-            calls["update_page"] = lambda vma, addr: self.preload(addr)
-            calls["update_range"] = lambda vma, start, end: [self.preload(page) for page in range(start, end, PAGE)]
+            calls["update_page"] = lambda vma, addr: self.told(self.preload, addr, addr + PAGE)
+            calls["update_range"] = lambda vma, start, end: self.told(self.preload, start, end)
         return calls
 
     def page_size(self, addr):
         return self.mm.find(addr).page_size
 
-    def invalidate(self, start, end):
-        if self.translation == "pin-cache+hooks":
-            self.regions.leave(start, end)
-        self.drop(start, end)
+    def told(self, then=lambda: None, *arguments):
+        self.counts["callbacks"] += 1
+        then(*arguments)
 
-    def drop(self, start, end):
-        self.loaded = {page: word for page, word in self.loaded.items() if not start <= page < end}
+    def invalidate(self, start, end):
+        self.take("invalidated", self.memory.drop, start, end)
 
     def restrict(self, start, end):
-        if self.translation == "pin-cache+hooks":
-            self.regions.leave(start, end)
-        for page, word in self.loaded.items():
-            if start <= page < end:
-                self.loaded[page] = word._replace(writable=False)
+        self.take("downgraded", self.memory.restrict, start, end)
+
+    def take(self, kind, taken, start, end):
+        """An invalidation takes from the device what it has of the range."""
+        left = self.regions.leave(start, end) if self.translation == "pin-cache+hooks" else 0
+        changed = taken(self.memory.over(self, start, end))
+        found = bool(left or changed)
+        self.counts.update({kind: changed, "callbacks": 1, "invalidations": 1, "shootdowns": found, "useful": found})
+
+    def drop(self, start, end):
+        self.memory.drop(self.memory.over(self, start, end))
+
+    def load(self, page, word, count=None):
+        self.memory.load(self, page, word)
+        self.counts.update({count: 1} if count else {})
 
     def change_protection(self, vma, start, end, prot):
         if not prot & 1:
             self.invalidate(start, end)
         elif not prot & 2:
             self.restrict(start, end)
+        else:
+            self.told()
 
-    def preload(self, page):
-        pte = self.pte(page)
-        if isinstance(pte, Pte) and self.mm.find(page).flags & model.ACCESS:
-            self.loaded[page] = self.word(pte, False)
+    def preload(self, start, end):
+        for page in range(start, end, PAGE):
+            pte = self.pte(page)
+            if isinstance(pte, Pte) and self.mm.find(page).flags & model.ACCESS:
+                self.load(page, self.word(pte, False)._replace(unused=True), "preloaded")
 
     def precopies(self, start, end):
         """Whether fork copies the page [start, end): something of it is registered, or the device may write to it."""
-        return (any(region.start < end and start < region.end for region in self.regions.list)
-                or any(start <= page < end and word.writable for page, word in self.loaded.items()))
+        return bool(self.regions.over(start, end)) or any(
+            self.memory.words[key].writable for key in self.memory.over(self, start, end))
 
     def end(self):
         """The process ends, or the device leaves it."""
         if not self.gone:
             self.gone = True
             self.regions.leave(0, TASK_SIZE)
-            self.drop(0, TASK_SIZE)
+            self.drop(0, BOUNCE + len(self.bounce) * PAGE)
             self.mm.contexts.remove(self)
             del self.nic.contexts[self.mm]
-            self.counts["pinned"] -= len(self.bounce)
+            self.pin(-len(self.bounce))
             for frame in self.bounce:
                 self.mem._unpin(frame)
 
@@ -353,7 +429,7 @@ class Context:
             raise RemoteAccessError(page, "out of memory") from None
         self.counts["attachments"] += 1
 
-    def nic_fault(self, page, write, start, end):
+    def nic_fault(self, page, write, start, end, count="loaded"):
         """The driver loads the page, and some behind it; `start` to `end` is what takes part from now on."""
         start, end = start // PAGE * PAGE, align(end)
         if self.placement == "interval":
@@ -361,12 +437,13 @@ class Context:
             interval = next((a, b) for a, b in self.intervals if a <= page < b)
             words = self.look(page, write, interval[1])
             for collisions in itertools.count(1):
-                if interval not in self.told:
+                if interval not in self.told_of:
                     break
                 # told by what faulting it in changed: it is looked up again; in the end alone, or pages take each other's frames
                 self.counts["retries"] += 1
                 words = self.look(page, write, interval[1] if collisions < 2 else page + PAGE)
-            self.loaded.update(words)
+            for other in reversed(words):
+                self.load_by_fault(other, words[other], count, page)
             return
         self.page_in(page, write)
         if self.placement == "vma":
@@ -378,13 +455,17 @@ class Context:
                 break
             if self.placement == "vma" and self.ops not in self.mm.find(other).chain:
                 break
-            self.loaded[other] = self.word(pte, write)
+            self.load_by_fault(other, self.word(pte, write), count, page)
         # with frames short, the others may have taken its own
-        self.loaded[page] = self.word(self.page_in(page, write), write)
+        self.load_by_fault(page, self.word(self.page_in(page, write), write), count, page)
+
+    def load_by_fault(self, page, word, count, asked):
+        self.load(page, word, count)
+        self.counts["prefaulted"] += count == "loaded" and page != asked
 
     def look(self, page, write, limit):
         """What is to be loaded, if nothing comes between."""
-        self.told = set()
+        self.told_of = set()
         words = {page: self.word(self.page_in(page, write), write)}
         try:
             for other in self.behind(page, limit):
@@ -404,7 +485,7 @@ class Context:
             self.pin_region(region)
         else:
             for page in range(region.start, region.end, PAGE):
-                self.nic_fault(page, region.write, region.start, region.end)
+                self.nic_fault(page, region.write, region.start, region.end, "preloaded")
         self.count_region("", region)
 
     def count_region(self, kind, region):
@@ -431,8 +512,14 @@ class Context:
         except RemoteAccessError:
             self.unpin(region)
             raise
-        self.loaded.update(region.words)
-        self.counts["pinned"] += len(region.words)
+        for page, word in region.words.items():
+            self.load(page, word, "preloaded")
+        self.pin(len(region.words))
+
+    def pin(self, pages):
+        """So many more are."""
+        self.counts["pinned"] += pages
+        self.nic.peak = max(self.nic.peak, sum(context.counts["pinned"] for context in self.nic.ever))
 
     def unpin(self, region):
         for word in region.words.values():
@@ -442,22 +529,28 @@ class Context:
     def deregister_region(self, region):
         for page in range(region.start, region.end, PAGE):
             if not any(other.start <= page < other.end for other in self.regions.list):
-                self.loaded.pop(page, None)
+                self.drop(page, page + PAGE)
         self.count_region("de", region)
         if region.words is not None:
-            self.counts["pinned"] -= len(region.words)
+            self.pin(-len(region.words))
             self.unpin(region)
 
     # --- transfers
 
-    def translate(self, page, write, start, end, region):
-        self.counts["lookups"] += 1
-        while (word := self.loaded.get(page)) is None or write and not word.writable:
-            if region:
-                self.loaded[page] = region.words[page]
+    def translate(self, page, write, start, end, region=None):
+        for again in itertools.count():
+            word = self.memory.ask(self, page, again)
+            if word and (word.writable or not write):
+                break
+            self.counts["faults"] += not again
+            if page >= BOUNCE:
+                self.load(page, Word(self.bounce[(page - BOUNCE) // PAGE], True), "loaded")
+            elif region:
+                self.load(page, region.words[page], "loaded")
             else:
                 self.nic_fault(page, write, start, end)
-        self.audit(page, word, write)
+        if page < BOUNCE:
+            self.audit(page, word, write)
         return word
 
     def audit(self, page, word, write):
@@ -481,7 +574,8 @@ class Context:
 
     def over_bounced(self, addr, length, write):
         for start, part in self.bounces(addr, length):
-            self.counts["lookups"] += -(part // -PAGE)
+            for page in range(BOUNCE, BOUNCE + part, PAGE):
+                self.translate(page, write, start, start + part)
             for at, n in chunks(start, part):
                 try:
                     frame = self.mm._fault(at, write)[0].frame
@@ -617,8 +711,9 @@ class Registration:
 
 
 class Nic:
-    def __init__(self, *args, **kwargs):
-        self.contexts, self.ever = {}, []
+    def __init__(self, entries, ways, *, page_shift=12, table_entries=None):
+        self.contexts, self.ever, self.peak = {}, [], 0
+        self.memory = NicMemory(entries, ways, table_entries, page_shift == 21)
 
     def attach(self, mm, placement="mm", translation="fault", *, fork="revised", prefault=1, max_regions=None, max_bytes=None,
                bounce_bytes=1 << 20):
@@ -628,7 +723,6 @@ class Nic:
 
     def add(self, mm, design):
         context = self.contexts[mm] = Context(self, mm, design)
-        self.ever.append(context)
         return context
 
     def context(self, mm):
@@ -637,4 +731,4 @@ class Nic:
     @property
     def stats(self):
         total = sum((context.counts for context in self.ever), Counter())
-        return {name: total[name] for name in COUNTS}
+        return total + Counter(pinned_peak=self.peak)

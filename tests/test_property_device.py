@@ -46,7 +46,8 @@ DESIGNS = {
     **{f"{name}, huge pages": {"attach": ioproc.DESIGNS[name], "huge_pages": 5, "nic": {**NIC, "page_shift": 21}}
        for name in ("mm+fault", "vma+fault", "interval+fault", "mm+preload", "pin", "mm+pin-cache+hooks")},
     "mm+fault, huge pages in small ones": {"attach": ioproc.DESIGNS["mm+fault"], "huge_pages": 5},
-    "mm+fault, small NIC memory": {"attach": ioproc.DESIGNS["mm+fault"], "nic": {**NIC, "table_entries": 3}},
+    **{f"{name}, small NIC memory": {"attach": ioproc.DESIGNS[name], "nic": {**NIC, "table_entries": 3}}
+       for name in ("mm+fault", "interval+fault", "mm+preload", "pin", "vma+pin-cache+hooks")},
 }
 
 
@@ -101,8 +102,7 @@ class DeviceSide(sequences.Side):
 
     def state(self):
         state, frames = super().state()
-        stats = self.nic.stats
-        state["device"] = {name: stats[name] for name in model_device.COUNTS}
+        state["device"] = {name: count for name, count in self.nic.stats.items() if count}
         return state, frames
 
 
@@ -110,7 +110,6 @@ class DeviceRun(sequences.Run):
     def __init__(self, implementations, **limits):
         self.sides = [DeviceSide(impl, limits) for impl in implementations]
         self.text = []
-        self.forgets = "table_entries" in limits.get("nic", {})
         self.safe = "fork" not in limits["attach"] or limits["attach"]["fork"] != "posted"
         self.safe = self.safe and limits["attach"]["translation"] != "pin-cache"
 
@@ -125,8 +124,6 @@ SEEN = {"map_private": 2, "map_anonymous": 2, "map_file": 3, "map_device": 1, "z
         "mprotect_and_back": 2, "madvise": 4, "mlock": 1, "munlock": 1, "resize": 2, "move": 3, "read": 2, "write": 6, "touch": 4,
         "write_file": 1, "truncate": 2, "punch_hole": 1, "reclaim": 4, "pin": 1, "unpin": 1, "vfork": 1, "exec": 1, "exit": 1,
         "register_range": 1, "unregister_range": 1}
-# Whether a device may read what is only to be written depends on what it has loaded: left out where NIC memory forgets.
-PROT = {"mmap": 1, "mprotect": 2, "mmap_device": 2, "zeromap": 1}
 EARLY = st.integers(0, 1) | spaces          # the first two are attached from the start
 HOT = st.integers(1, 9).map(lambda page: sequences.ARENA + page * PAGE)
 hot = HOT | HOT | HOT | addresses           # where the first mapping is, mostly
@@ -146,11 +143,6 @@ class DeviceProgram(sequences.Program):
         self.call(0, "attach")
         super().start(ops, write, min(forks, 1))
         self.call(1, "attach")
-
-    def call(self, space, name, *args, **kwargs):
-        if name in PROT and self.run.forgets:
-            args = [3 if at == PROT[name] and arg == 2 else arg for at, arg in enumerate(args)]
-        super().call(space, name, *args, **kwargs)
 
     @step(2, steps, space=EARLY)
     def attach(self, space):
