@@ -3,8 +3,6 @@
 Beside test_device_races.py, which has the two races in their plainest form: every kind of operation, for every design that could
 lose by it.
 """
-import faulthandler
-import sys
 import threading
 
 import pytest
@@ -12,6 +10,7 @@ import pytest
 import ioproc
 from ioproc import _core
 from recording import BASE, PAGE, RO, RW, pages
+from threads import no_hang
 
 DONTNEED = 4
 SOON, LATE = 0.3, 60            # seconds: who has not come by then waits; is stuck
@@ -19,11 +18,10 @@ SOON, LATE = 0.3, 60            # seconds: who has not come by then waits; is st
 
 @pytest.fixture(autouse=True)
 def no_deadlock():
-    faulthandler.dump_traceback_later(120, exit=True, file=sys.__stderr__)
-    yield
-    for point in ("teardown-gap", "establish", "read-begin"):
-        _core.schedule(point, None)
-    faulthandler.cancel_dump_traceback_later()
+    with no_hang(120):
+        yield
+        for point in ("teardown-gap", "establish", "read-begin"):
+            _core.schedule(point, None)
 
 
 def once(point, call):

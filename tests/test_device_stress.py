@@ -6,17 +6,17 @@ A device at work in memory that other threads change, for every design that is s
 The operations are shared out among the designs. A seed fixes what each thread does, not how the threads meet.
 """
 # ruff: noqa: F403, F405
-import faulthandler
 import os
 import random
-import sys
 import threading
 import time
+from functools import partial
 
 import pytest
 
 import ioproc
 from ioproc import _core
+from threads import no_hang, together
 from world import *
 
 OPERATIONS = int(os.environ.get("IOPROC_DEVICE_STRESS", 200_000))
@@ -114,41 +114,25 @@ class Race:
                     registration.deregister()
 
     def run(self, operations):
-        raised = []
-        together = threading.Barrier(3)             # nobody runs ahead
+        abreast = threading.Barrier(3)              # nobody runs ahead
 
-        def work(number, act):
-            chance = random.Random(f"{SEED} {number}")
-            try:
-                for _ in range(operations // 3 // STRIDE):
-                    together.wait()
-                    for _ in range(STRIDE):
-                        try:
-                            act(chance)
-                            self.done += 1
-                        except REFUSED:
-                            self.refused += 1
-            except threading.BrokenBarrierError:
-                pass
-            except BaseException as error:
-                raised.append(error)
-                together.abort()
+        def work(act, chance, going):
+            for _ in range(operations // 3 // STRIDE):
+                abreast.wait()
+                for _ in range(STRIDE):
+                    try:
+                        act(chance)
+                        self.done += 1
+                    except REFUSED:
+                        self.refused += 1
 
-        threads = [threading.Thread(target=work, args=item) for item in enumerate([self.change, self.transfer, self.transfer])]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if raised:
-            raise raised[0]
+        together(*(partial(work, act) for act in (self.change, self.transfer, self.transfer)), seed=SEED, barrier=abreast)
 
 
 @pytest.fixture(autouse=True)
 def no_deadlock():
-    """All stacks, and the end of the run, rather than a hang."""
-    faulthandler.dump_traceback_later(120 + OPERATIONS // 1000, exit=True, file=sys.__stderr__)
-    yield
-    faulthandler.cancel_dump_traceback_later()
+    with no_hang(120 + OPERATIONS // 1000):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from ioproc._core import IntervalsProbe
-from test_threads import no_deadlock, together  # noqa: F401  (a fixture)
+from threads import no_deadlock, together  # noqa: F401  (a fixture)
 from world import fails
 
 SOON = 0.05                     # seconds: who has not returned by then waits

@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 import ioproc
 from test_leaks import SANITIZED, resident
-from test_threads import no_deadlock, together  # noqa: F401
+from threads import no_deadlock, together  # noqa: F401
 
 PAGE = 4096
 RIGHTS = {None: 0, "r": 1, "w": 2, "rw": 3}

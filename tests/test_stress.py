@@ -6,16 +6,14 @@ Everything at once: threads, forks, files that shrink and reclaim, in less memor
 A seed fixes what each thread does, not how the threads meet.
 """
 # ruff: noqa: F403, F405
-import faulthandler
 import os
-import random
-import sys
 import threading
 
 import pytest
 
 import ioproc
 from ioproc import _core
+from threads import no_hang, together
 from world import *
 
 OPERATIONS = int(os.environ.get("IOPROC_STRESS", 20_000))
@@ -210,11 +208,9 @@ class Stress:
         _core.check_memory(self.mem, spaces)
 
     def run(self, operations):
-        raised = []
         pause = threading.Barrier(THREADS, self.check)
 
-        def work(number):
-            chance = random.Random(f"{SEED} {number}")
+        def work(chance, going):
             pins = []
             try:
                 for _ in range(max(1, operations // PHASE)):
@@ -224,30 +220,17 @@ class Stress:
                         except REFUSED:
                             self.refused += 1
                     pause.wait()
-            except threading.BrokenBarrierError:
-                pass
-            except BaseException as error:
-                raised.append(error)
-                pause.abort()
             finally:
                 for pfns in pins:
                     self.mem.unpin(pfns)
 
-        threads = [threading.Thread(target=work, args=(number,)) for number in range(THREADS)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if raised:
-            raise raised[0]
+        together(*[work] * THREADS, seed=SEED, barrier=pause)
 
 
 @pytest.fixture(autouse=True)
 def no_deadlock():
-    """All stacks, and the end of the run, rather than a hang."""
-    faulthandler.dump_traceback_later(120 + OPERATIONS // 100, exit=True, file=sys.__stderr__)
-    yield
-    faulthandler.cancel_dump_traceback_later()
+    with no_hang(120 + OPERATIONS // 100):
+        yield
 
 
 def test_everything_at_once():

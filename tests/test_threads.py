@@ -1,7 +1,4 @@
 """Several threads on the same objects: no callback after unregistering, no deadlock, nothing lost."""
-import faulthandler
-import random
-import sys
 import threading
 import time
 
@@ -10,41 +7,12 @@ import pytest
 import ioproc
 from ioproc import _core
 from recording import BASE, PAGE, PRIVATE, RO, RW, pages
-
-SECONDS = 1.5                       # per stress test
-
-
-@pytest.fixture(autouse=True)
-def no_deadlock():
-    """All stacks, and the end of the run, rather than a hang."""
-    faulthandler.dump_traceback_later(120, exit=True, file=sys.__stderr__)
-    yield
-    faulthandler.cancel_dump_traceback_later()
+from threads import SECONDS, no_deadlock, together  # noqa: F401  (a fixture)
 
 
 @pytest.fixture
 def mem():
     return ioproc.PhysicalMemory(frames=4096)
-
-
-def together(*works, seconds=SECONDS):
-    """Run each ``work(random, going)`` in a thread of its own until the time is up; raise what they raised."""
-    end = time.monotonic() + seconds
-    raised = []
-
-    def guarded(number, work):
-        try:
-            work(random.Random(number), lambda: not raised and time.monotonic() < end)
-        except BaseException as error:
-            raised.append(error)
-
-    threads = [threading.Thread(target=guarded, args=item) for item in enumerate(works)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if raised:
-        raise raised[0]
 
 
 def act(mm, chance, area=64):

@@ -11,7 +11,7 @@ import pytest
 import ioproc
 from ioproc import _core
 from recording import BASE, PAGE, RO, RW, device
-from test_threads import no_deadlock, together  # noqa: F401  (a fixture)
+from threads import no_deadlock, together  # noqa: F401  (a fixture)
 
 SHARED, PRIVATE, FIXED = 1, 2, 0x10
 ELSEWHERE = 0x40000000

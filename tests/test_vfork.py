@@ -7,7 +7,8 @@ import pytest
 
 import ioproc
 from recording import BASE, PAGE, RW, device, pages
-from test_threads import act, together
+from test_threads import act
+from threads import together
 
 
 @pytest.fixture
