@@ -8,6 +8,7 @@ are the same each time; "measured" alone measures.
 import argparse
 import functools
 import math
+import os
 import statistics
 import sys
 from collections import namedtuple
@@ -317,4 +318,9 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:         # whoever read it has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -34,7 +34,7 @@ except ModuleNotFoundError as error:
         f"{_os.path.dirname(__file__)} holds ioproc's sources, not a built package: install it and run python with -P or in "
         "another folder, or build it in place with 'python setup.py build_ext --inplace'"
     ) from None
-from . import workload
+from . import histories, plot, workload
 from .compare import compare
 from .cost import Cost
 from .trace import Trace, choose, replay
@@ -68,8 +68,8 @@ __all__ = [
     "MAP_LOCKED", "MAP_NORESERVE", "MAP_POPULATE", "MAP_STACK", "MREMAP_DONTUNMAP", "MREMAP_FIXED", "MREMAP_MAYMOVE",
     "MS_ASYNC", "MS_INVALIDATE", "MS_SYNC", "PROT_GROWSDOWN", "VMA", "AccessError", "AddressSpace", "BusError", "Context",
     "Cost", "CountingOps", "File", "Nic", "Ops", "PhysicalMemory", "Registration", "RegistrationCache", "RemoteAccessError",
-    "SegmentationFault", "Trace", "TranslationCache", "Violation", "choose", "compare", "get_include", "hit_curve",
-    "replay", "workload",
+    "SegmentationFault", "Trace", "TranslationCache", "Violation", "choose", "compare", "get_include", "histories",
+    "hit_curve", "plot", "replay", "workload",
 ]
 __version__ = "0.1.0"
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from . import __version__, bench, histories, workload
-from .compare import compare, pictures
+from .compare import compare
 from .text import plain
 from .trace import PLACEMENTS, Trace, TraceError, annotate, choose, import_recording, recognise, record, replay
 from .trace.format import Op
@@ -354,7 +354,7 @@ def _compare(options):
     else:
         print(compared)
     if options.plot:
-        pictures(compared, options.plot)
+        bench.draw({Path(options.history).name: compared}, options.plot)
     return UNSAFE if options.safe and not all(row.safe for row in compared) else 0
 
 
@@ -364,7 +364,7 @@ def _history(options):
     if not os.path.exists(name) and name.partition(":")[0] in workload.WORKLOADS:
         trace = workload.make(name)
     else:
-        trace = histories.load(name) if not os.path.exists(name) and name in histories.names() else Trace.load(name)
+        trace = histories.load(name) if not os.path.exists(name) and name in histories.names() else _loaded(name)
     drawn = {"share": options.share, "messages": options.messages, "seed": options.seed}
     drawn = {key: value for key, value in drawn.items() if value is not None}
     if not bench.talks(trace):
@@ -372,6 +372,14 @@ def _history(options):
     if drawn:
         raise RecordError(f"--{next(iter(drawn))}: {name} has messages of its own")
     return trace
+
+
+def _loaded(name):
+    try:
+        return Trace.load(name)
+    except FileNotFoundError:
+        raise RecordError(f"{name}: no such file, nor a history ({', '.join(histories.names())}) nor a workload "
+                          f"({', '.join(workload.WORKLOADS)})") from None
 
 
 def _print_differences(trace, result):

@@ -17,9 +17,10 @@ import time
 from mmap import PROT_READ
 from pathlib import Path
 
-from . import AddressSpace, CountingOps, Ops, PhysicalMemory, workload
+from . import DESIGNS, AddressSpace, CountingOps, Ops, PhysicalMemory, workload
 from . import histories as shipped
 from .compare import checked, compare, pictures
+from .cost import PRESETS
 from .text import counted, duration, percent, plain, printable, progress, settings, table
 from .trace import Op, Trace, TraceError, choose, replay
 from .trace.communication import mappings
@@ -258,10 +259,11 @@ def print_table(rows):
 def design_options(made):
     """What says which designs are compared; ``python -m ioproc compare`` has the same."""
     made.add_argument("--designs", metavar="NAME,...",
-                      help="of ioproc.DESIGNS, with /FORK or :ARGUMENT=VALUE, as vma+fault/inherit:prefault=16 (default all)")
+                      help=f"of {', '.join(DESIGNS)}; with /FORK or :ARGUMENT=VALUE, as vma+fault/inherit:prefault=16 "
+                           "(default all)")
     made.add_argument("--nic", default="", metavar="KEY=VALUE,...", help="of ioproc.Nic, as entries=64,ways=None")
     made.add_argument("--cost", default="modern", metavar="PRESET",
-                      help="what the counts cost, as ioproc.Cost.of takes it (default modern)")
+                      help=f"what the counts cost: {', '.join([*PRESETS, 'machine'])}, with :PARAMETER=NS (default modern)")
     made.add_argument("--plot", metavar="FILE", help="draw them, as PNG or SVG: FILE, FILE-hits and FILE-share; of several "
                                                      "histories, each with its name")
 
@@ -374,8 +376,10 @@ def draw(compared, path):
     path = Path(path)
     for name, comparison in compared.items():
         progress(f"{name}: pictures")
-        pictures(comparison, path if len(compared) == 1 else path.with_stem(f"{path.stem}-{name.replace(os.sep, '_')}"))
-    progress("")
+        drawn = pictures(comparison, path if len(compared) == 1 else path.with_stem(f"{path.stem}-{name.replace(os.sep, '_')}"),
+                         name)
+        progress("")
+        print(f"{name}:", *drawn, file=sys.stderr)
 
 
 def report(options, told, costs, answers, compared):

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from . import workload
+from . import histories, workload
 from ._core import DESIGNS, AddressSpace, Nic, PhysicalMemory, Violation, design_name, hit_curve
 from .cost import COMPONENTS, Cost
 from .text import counted, duration, percent, printable, progress, settings, table
@@ -174,7 +174,9 @@ class Comparison(Sequence):
         notes = "".join(f"\n{row.design}: {row.failed}" for row in ranked if row.failed)
         if any(row.safe and not row.sound for row in ranked):
             notes = f"\n{HERE}: no violation on this history; on one that unmaps, protects or forks there may be{notes}"
-        return (f"{counted(len(self.trace), 'event')}, {counted(self.nothing.operations.get('comm', 0), 'transfer')}; "
+        transfers = self.nothing.operations.get("comm", 0)
+        silent = "" if transfers else " (ioproc.workload.communicate adds some)"
+        return (f"{counted(len(self.trace), 'event')}, {counted(transfers, 'transfer')}{silent}; "
                 f"NIC: {nic}; modelled for: {self.cost.name}{agreed}\n\n{table(counts, 2)}{notes}\n\n"
                 f"modelled time by component\n\n{table(parts, 2)}")
 
@@ -237,7 +239,8 @@ def compare(trace_or_workload: Trace | str, designs: Iterable[str | Mapping[str,
     ----------
     trace_or_workload : Trace or str
         With communication: recorded, made by `ioproc.workload`, or added by `ioproc.workload.communicate`.  A string is a
-        workload, such as ``"malloc_churn:allocator=mmap"``.
+        workload, such as ``"malloc_churn:allocator=mmap"``, or one of `ioproc.histories`, such as ``"redis"``, with
+        communication as `communicate` adds it.
     designs : iterable of str or mapping, optional
         As `design` takes them.  Default: all of `ioproc.DESIGNS`.
     nic : mapping, optional
@@ -267,7 +270,7 @@ def compare(trace_or_workload: Trace | str, designs: Iterable[str | Mapping[str,
     if not isinstance(turns, int) or turns < 1:
         raise ValueError(f"turns = {turns!r}: must be a whole number, at least 1")
     chosen, nic, cost = checked(designs, nic, cost)
-    trace = workload.make(trace_or_workload) if isinstance(trace_or_workload, str) else trace_or_workload
+    trace = _named(trace_or_workload) if isinstance(trace_or_workload, str) else trace_or_workload
     if not isinstance(trace, Trace):
         raise TypeError(f"trace_or_workload = {trace!r}: neither a Trace nor the name of a workload")
     memory = {"frames": _asked(trace, "frames", FRAMES) if frames is None else frames,
@@ -318,7 +321,16 @@ def _made(what, make, arguments):
     try:
         return make(**arguments)
     except TypeError as error:
-        raise ValueError(f"{what}: {error}") from None
+        raise ValueError(f"{what}: {str(error).replace('__cinit__()', 'Nic()')}") from None
+
+
+def _named(name):
+    if name in histories.names():
+        return workload.communicate(histories.load(name))
+    if name.partition(":")[0] not in workload.WORKLOADS:
+        raise ValueError(f"{name!r}: neither a workload ({', '.join(workload.WORKLOADS)}) nor a history "
+                         f"({', '.join(histories.names())})")
+    return workload.make(name)
 
 
 def _asked(trace, name, default):
@@ -385,7 +397,7 @@ def translations(trace: Trace) -> np.ndarray:
     return np.unique(pages, return_inverse=True)[1].astype(np.uint64)
 
 
-def pictures(comparison: Comparison, path: str | os.PathLike[str]) -> list[Path]:
+def pictures(comparison: Comparison, path: str | os.PathLike[str], title: str | None = None) -> list[Path]:
     """Draw a comparison: its costs, the hits of caches of every size, and what hooks cost, by the share that communicates.
 
     Parameters
@@ -394,6 +406,8 @@ def pictures(comparison: Comparison, path: str | os.PathLike[str]) -> list[Path]
     path : path
         For the costs, ``.png`` or ``.svg``; the others get ``-hits`` and ``-share`` before the suffix.  The last is of the same
         history with communication drawn anew for each share, for hooks on the address space and on VMAs.
+    title : str, optional
+        Of the history; default its command.
 
     Returns
     -------
@@ -405,7 +419,8 @@ def pictures(comparison: Comparison, path: str | os.PathLike[str]) -> list[Path]
     plot.check(path)
     path, trace = Path(path), comparison.trace
     written = [path]
-    name = textwrap.shorten(printable(trace.metadata.get("command", "a history")), 60, placeholder=" ...")
+    name = textwrap.shorten(printable(trace.metadata.get("command", "a history")) if title is None else title, 40,
+                            placeholder=" ...")
     plot.cost_bars([row for row in comparison.ranked() if not row.failed], path,
                    f"{name}, {counted(comparison.nothing.operations.get('comm', 0), 'transfer')}")
     asked = translations(trace)

@@ -126,7 +126,7 @@ def cost_bars(comparison, path: str | os.PathLike, title: str | None = None) -> 
                       fontsize="small", color=VERMILION if row.violations else BLACK)
     axes.set_yticks(places, [row.design for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlim(0, 1.2 * longest / size)
+    axes.set_xlim(0, 1.25 * longest / size)
     axes.set_xlabel(f"modelled cost, {unit}")
     axes.grid(axis="x", color="0.9")
     if begin.any():

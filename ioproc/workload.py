@@ -370,7 +370,7 @@ def make(text: str) -> Trace:
 
 # ---- messages for a recorded history
 
-def communicate(trace: Trace, share: float, kind: str = "buffers", seed: int = 0, messages: int = 4, smallest: int = 64,
+def communicate(trace: Trace, share: float = 0.1, kind: str = "buffers", seed: int = 0, messages: int = 4, smallest: int = 64,
                 largest: int = 1 << 20) -> Trace:
     """Add communication to a recorded history that has none.
 

@@ -4,6 +4,7 @@ Beside test_device_races.py, which has the two races in their plainest form: eve
 lose by it.
 """
 import threading
+import time
 
 import pytest
 
@@ -20,7 +21,7 @@ SOON, LATE = 0.3, 60            # seconds: who has not come by then waits; is st
 def no_deadlock():
     with no_hang(120):
         yield
-        for point in ("teardown-gap", "establish", "read-begin"):
+        for point in ("teardown-gap", "establish", "read-begin", "inherit"):
             _core.schedule(point, None)
 
 
@@ -35,10 +36,9 @@ def once(point, call):
 class Process:
     """Four pages with "old" in them, and a device."""
 
-    def __init__(self, design, bounce_bytes=None, **options):
-        bounce = {"bounce_bytes": bounce_bytes} if bounce_bytes else {}
+    def __init__(self, design, **options):
         self.mm = ioproc.AddressSpace(ioproc.PhysicalMemory(frames=64, swap_slots=64), **options)
-        self.context = ioproc.Nic().attach(self.mm, **ioproc.DESIGNS[design], **bounce)
+        self.context = ioproc.Nic().attach(self.mm, **ioproc.DESIGNS[design])
         self.thread = None
         pages(self.mm, 4)
         self.fill(b"old")
@@ -153,32 +153,47 @@ def test_a_load_beside_an_operation_elsewhere_is_not_repeated():
     assert process.context.stats["retries"] == 0
 
 
-@pytest.mark.parametrize("design", ["mm+fault", "vma+preload", "interval+fault", "mm+pin-cache+hooks", "bounce"])
+@pytest.mark.parametrize("design", ["mm+fault", "vma+preload", "interval+fault", "mm+pin-cache+hooks"])
 def test_an_operation_waits_for_the_access_in_flight(design):
-    """A device that is moving bytes has done so when the callback returns: nobody is given its frames before."""
-    process = Process(design, bounce_bytes=PAGE)
-    data = bytes(range(256)) * 64
+    """What a device was writing when fork began is in the child, or is not: it does not arrive there later."""
+    process = Process(design)
+    process.mm.write(BASE, bytes(4 * PAGE))
     stop = threading.Event()
 
-    def device():
+    def device(number):
+        data = [bytes([2 * number + i]) * 4 * PAGE for i in range(2)]
         while not stop.is_set():
-            try:
-                process.context.rdma_write(BASE, data)
-            except ioproc.RemoteAccessError:
-                pass
+            for one in data:
+                process.context.rdma_write(BASE, one)
 
-    thread = threading.Thread(target=device)
-    thread.start()
+    threads = [threading.Thread(target=device, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
     try:
-        for _ in range(500):
-            pages(process.mm, 4)
-            other = ioproc.AddressSpace(process.mm.mem)
-            process.mm.munmap(BASE, 4 * PAGE)
-            pages(other, 16)
-            other.touch(BASE, 16 * PAGE, write=True)
-            assert not any(other.read(BASE, 16 * PAGE))         # zeros, in frames that the device had
-            other.exit()
+        for _ in range(200):
+            child = process.mm.fork()
+            first = child.read(BASE, 4 * PAGE)
+            time.sleep(0.0005)
+            assert child.read(BASE, 4 * PAGE) == first
+            child.exit()
     finally:
         stop.set()
-        thread.join()
+        for thread in threads:
+            thread.join()
     assert process.context.violations() == []
+
+
+@pytest.mark.parametrize("design", ["vma+fault", "interval+fault", "vma+pin-cache+hooks", "mm+preload-registered"])
+def test_a_nic_closed_while_a_child_inherits_its_attachment(design):
+    """Nothing of a context that is no more may be left in the child."""
+    mm, nic = ioproc.AddressSpace(ioproc.PhysicalMemory(frames=64)), ioproc.Nic()
+    pages(mm, 4)
+    nic.attach(mm, **ioproc.DESIGNS[design], fork="inherit").access(BASE, PAGE, write=True)
+    before = nic.stats["attachments"]
+    once("inherit", nic.close)
+    child = mm.fork()
+    assert nic.stats["attachments"] == before
+    child.touch(BASE, 4 * PAGE, write=True)
+    child.munmap(BASE, 4 * PAGE)
+    assert child.stats["chain_nodes"] == 0
+    child.exit()

@@ -5,6 +5,7 @@ cdef enum SchedulePoint:
     TEARDOWN_GAP                # munmap has let go of the lock between two batches
     ESTABLISH                   # a driver has read a page-table entry, let go of the lock, and tells the device next
     READ_BEGIN                  # a driver is about to wait for the end of an invalidation
+    INHERIT                     # the child of a fork is attached, and what took part in the parent does not yet do so there
     SCHEDULE_POINTS
 
 cdef extern from * nogil:

@@ -1,6 +1,6 @@
 # The face of schedule points.
 
-SCHEDULE_POINT_NAMES = ("teardown-gap", "establish", "read-begin")
+SCHEDULE_POINT_NAMES = ("teardown-gap", "establish", "read-begin", "inherit")
 cdef list scheduled_calls = [None] * <int> SCHEDULE_POINTS
 
 
@@ -19,8 +19,8 @@ cdef void call_scheduled(int point) noexcept nogil:
 
 def schedule(str point, call):
     """
-    For tests: call `call()` wherever a thread comes by a point: ``"teardown-gap"``, ``"establish"``, ``"read-begin"``; None
-    ends that.  What it raises reaches the caller of the operation.
+    For tests: call `call()` wherever a thread comes by a point: ``"teardown-gap"``, ``"establish"``, ``"read-begin"``,
+    ``"inherit"``; None ends that.  What it raises reaches the caller of the operation.
     """
     if point not in SCHEDULE_POINT_NAMES:
         raise ValueError(f"point = {point!r}: not one of {', '.join(SCHEDULE_POINT_NAMES)}")

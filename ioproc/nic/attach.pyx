@@ -95,14 +95,19 @@ cdef void context_detach(NicContext *context) noexcept nogil:
 
 
 cdef int inherit_attachments(NicContext *parent, NicContext *child) noexcept nogil:
-    """What of the parent takes part does in the child; both are at rest.  Parent's lock, then the child's: it is newer."""
-    cdef VMArea *vma = child.mm.first
+    """
+    What of the parent takes part does in the child, unless somebody has detached it already.  Parent's lock, then the child's:
+    it is newer.
+    """
+    cdef VMArea *vma
     cdef const VMArea *like
-    cdef bint done = True
+    cdef bint done
     cdef u64 i = 0
     cdef u64 start
     mm_lock(parent.mm)
     mm_lock(child.mm)
+    vma = child.mm.first
+    done = not child.gone
     while parent.placement == AT_VMA and vma != NULL and done:
         like = vma_at(parent.mm, vma.start)
         if like != NULL and chain_has(like.chain, &parent.ops):
@@ -115,4 +120,4 @@ cdef int inherit_attachments(NicContext *parent, NicContext *child) noexcept nog
         i += 1
     mm_unlock(child.mm)
     mm_unlock(parent.mm)
-    return DONE if done else NO_FRAME
+    return DONE if done or child.gone else NO_FRAME

@@ -4,6 +4,9 @@ cdef enum:
     PACKET = 65536              # bytes that go from one NIC to the other at once
 
 
+cdef object ATTACH = object()    # whoever has it prepares what it makes
+
+
 @cython.no_gc_clear               # its end needs the NIC
 cdef class Context:
     """A process on a NIC, from `Nic.attach`."""
@@ -13,8 +16,9 @@ cdef class Context:
     cdef object space           # weak: the address space owns its contexts
     cdef object __weakref__
 
-    def __init__(self):
-        raise TypeError("a Context comes from Nic.attach()")
+    def __cinit__(self, token=None):
+        if token is not ATTACH:
+            raise TypeError("a Context comes from Nic.attach()")
 
     cdef list registrations(self):
         """(start, end, access) of what the registration cache has."""
@@ -38,7 +42,7 @@ cdef class Context:
         """The child of a fork is attached as its parent is, with the same registrations, but for those it cannot make."""
         cdef NicContext *context = self.context
         cdef NicContext *heir
-        cdef Context made = Context.__new__(Context)
+        cdef Context made = Context.__new__(Context, ATTACH)
         cdef Region *region
         cdef u64 start, end
         cdef u32 access
@@ -48,6 +52,7 @@ cdef class Context:
         made.begin(child, context.bounce_pages)
         heir = made.context
         with nogil:
+            schedule_point(INHERIT)
             why = inherit_attachments(context, heir)
         if why == NO_FRAME:
             raise MemoryError("fork: no memory for the attachments that the child inherits")

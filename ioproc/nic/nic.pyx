@@ -213,8 +213,8 @@ cdef class Nic:
         cdef int how = choice(translation, TRANSLATION_NAMES, "translation")
         cdef int way = choice(fork, FORK_NAMES, "fork")
         cdef u64 pages = as_u64(prefault, "prefault")
-        cdef u64 regions = 0 if max_regions is None else as_u64(max_regions, "max_regions")
-        cdef u64 bytes_ = 0 if max_bytes is None else as_u64(max_bytes, "max_bytes")
+        cdef u64 regions = as_limit(max_regions, "max_regions")
+        cdef u64 bytes_ = as_limit(max_bytes, "max_bytes")
         cdef u64 bounce = page_align(as_u64(bounce_bytes, "bounce_bytes") & ~(1ULL << 63)) >> PAGE_SHIFT
         cdef Context context
         if placement not in TRANSLATION_PLACEMENTS[translation]:
@@ -227,7 +227,7 @@ cdef class Nic:
         if bounce == 0 or bounce > 1 << 18:
             raise ValueError(f"bounce_bytes = {bounce_bytes}: not in 1 .. 2**30")
         refuse_in_callback()
-        context = Context.__new__(Context)
+        context = Context.__new__(Context, ATTACH)
         context.prepare(self, mm, where, how, way, pages, regions, bytes_)
         context.begin(mm, bounce)
         return context

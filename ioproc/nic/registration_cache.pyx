@@ -79,6 +79,14 @@ cdef class CachedRegion:
                 f"{'' if self.region != NULL else ', put back'}>")
 
 
+cdef u64 as_limit(object limit, str name) except? 1:
+    """As the C structures have it: 0 is none."""
+    cdef u64 most = 0 if limit is None else as_u64(limit, name)
+    if limit is not None and most == 0:
+        raise ValueError(f"{name} = 0: no limit is None")
+    return most
+
+
 cdef class RegistrationCache:
     """
     Ranges of memory that stay registered after use, for whoever communicates from them next.
@@ -135,14 +143,13 @@ cdef class RegistrationCache:
         for name, what in ("register", register), ("deregister", deregister):
             if not callable(what):
                 raise TypeError(f"{name} = {what!r}: cannot be called")
-        for name, limit in ("max_regions", max_regions), ("max_bytes", max_bytes):
-            if limit is not None and as_u64(limit, name) == 0:
-                raise ValueError(f"{name} = 0: no limit is None")
+        cdef u64 regions = as_limit(max_regions, "max_regions")
+        cdef u64 bytes_ = as_limit(max_bytes, "max_bytes")
         self.register = register
         self.deregister = deregister
         self.handles = {}
         self.refused = {}
-        if regcache_init(&self.cache, register_python, deregister_python, <void *> self, max_regions or 0, max_bytes or 0,
+        if regcache_init(&self.cache, register_python, deregister_python, <void *> self, regions, bytes_,
                          as_u64(alignment, "alignment"), merge, defer):
             raise ValueError(f"alignment = {alignment}: not a power of two")
         self.ready = True

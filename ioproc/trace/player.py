@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .._core import HOOK_NAMES, Nic, Ops, PhysicalMemory, Player
+from .._core import HOOK_NAMES, AddressSpace, Nic, Ops, PhysicalMemory, Player
 from .communication import REGISTRATION, Communication
 from .format import Op, Trace
 
@@ -139,6 +139,11 @@ def replay(trace: Trace, *, placement: str = "none", communication: Communicatio
         raise ValueError("nic: not with placement, communication or ops, whose place it takes")
     if attach is not None and nic is None:
         raise ValueError("attach: there is no nic to attach to")
+    if nic is not None:
+        if not isinstance(nic, Nic):
+            raise TypeError(f"nic = {nic!r}: not a Nic")
+        with AddressSpace(PhysicalMemory(FRAMES)) as mm, Nic() as other:
+            other.attach(mm, **(attach or {}))      # its errors, before the work
     plan = np.empty(0, REGISTRATION) if communication is None else _checked(communication.plan)
     sizes = [min(int(file.get("size") or 0), LARGEST_FILE) for file in trace.metadata["files"]]
     events = np.ascontiguousarray(trace.events)
