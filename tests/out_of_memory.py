@@ -123,7 +123,7 @@ def vm(begin):
 
 def device(begin, placement, translation, fork="revised"):
     """Transfers, registrations and what takes memory away from them, in two places; two processes, their children, two NICs."""
-    mem = ioproc.PhysicalMemory(200, 64, 4)
+    mem = ioproc.PhysicalMemory(200, 64, 6)
     design = {"placement": placement, "translation": translation, "fork": fork, "prefault": 2, "bounce_bytes": 2 * PAGE}
     mm, peer = ioproc.AddressSpace(mem), ioproc.AddressSpace(mem)
     file, ops = ioproc.File(mem, 8 * PAGE), [ioproc.CountingOps() for _ in range(2)]
@@ -155,6 +155,10 @@ def device(begin, placement, translation, fork="revised"):
             assert not safe or stats["violations"] == 0
 
     works(mm.register_ops, ops[0])                          # before the device's ops in the chain: to detach, it is made anew
+    for context in ctx, there:
+        works(context.access, BASE + 2 * HUGE, 100 * PAGE, write=True)
+        if fork == "precopy":
+            works(context.rdma_write, BASE + 2 * HUGE, b"copied")
     for at in BASE, FAR:
         works(ctx.rdma_write, at + 100, b"d" * 3 * PAGE)
         works(ctx.access, at + 5 * PAGE, 9 * PAGE, write=True)          # over two VMAs
@@ -172,8 +176,6 @@ def device(begin, placement, translation, fork="revised"):
         works(mm.mremap, at + 3 * PAGE, PAGE, PAGE, 3, at + 40 * PAGE)
         works(mm.mmap, PAGE, 3, PRIVATE | ANONYMOUS, addr=at + 3 * PAGE)
         same(ctx, mm, at)
-    for context in ctx, there:
-        works(context.access, BASE + 2 * HUGE, 100 * PAGE, write=True)
     for child in spaces[2:]:
         heir = nics[0].context(child) if fork == "inherit" else works(nics[0].attach, child, **design)
         works(heir.rdma_write, BASE + 4 * PAGE, b"h" * PAGE)
@@ -202,7 +204,7 @@ def device(begin, placement, translation, fork="revised"):
     for space in spaces:
         space.exit()
     file = None
-    assert (mem.stats["frames_used"], mem.stats["swap_used"], mem.stats["huge_pages_free"]) == (0, 0, 4), mem.stats
+    assert (mem.stats["frames_used"], mem.stats["swap_used"], mem.stats["huge_pages_free"]) == (0, 0, 6), mem.stats
     _core.check_memory(mem, [])
 
 
