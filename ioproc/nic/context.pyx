@@ -175,7 +175,8 @@ cdef class Context:
 
     def detach(self):
         """
-        End it: no translation, no registration and no hook is left.  A transfer in another thread ends with an error; a second
+        End it: no translation, no registration and no hook is left, but for what a `Registration` in somebody's hand keeps
+        pinned.  A transfer in another thread ends with an error; a second
         ``detach`` does nothing.
         """
         refuse_in_callback()
@@ -221,7 +222,7 @@ cdef class Context:
         Parameters
         ----------
         addr : int
-        data : bytes-like
+        data : bytes-like, of bytes (``memoryview(array).cast("B")`` of others)
 
         Raises
         ------
