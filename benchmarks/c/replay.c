@@ -1,6 +1,5 @@
 /* A history of 64-byte events replayed: `replay EVENTS [repetitions | -]`, where EVENTS holds nothing but the array.
  * Private anonymous memory only; the process of each event is looked up, the lock is taken for each event. */
-#include <sys/stat.h>
 #include "vm.h"
 #include "run.h"
 
@@ -89,18 +88,6 @@ static double once(long n)
 
 int main(int argc, char **argv)
 {
-    struct stat s;
-    char units[32];
-    FILE *f = argc > 1 ? fopen(argv[1], "rb") : NULL;
-    if (!f || fstat(fileno(f), &s)) {
-        fprintf(stderr, "usage: replay EVENTS [repetitions | -]\n");
-        return 2;
-    }
-    events = must(malloc(s.st_size + 1));
-    if (fread(events, 1, s.st_size, f) != (size_t)s.st_size)
-        return 2;
-    fclose(f);
-    snprintf(units, sizeof units, "%ld", (long)(s.st_size / sizeof *events));
-    argv[1] = units;
+    events = read_units(argc, argv, sizeof *events);
     return run(argc, argv, once);
 }

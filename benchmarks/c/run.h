@@ -1,13 +1,14 @@
 /* Runs a measured piece of work: `PROGRAM units repetitions` prints one line with the minimum and the median in ns
  * per unit; with `-` for repetitions it takes a turn for each line of standard input and prints the ns per unit (the
- * median of TURN repetitions: the first ones find cold caches), so that a driver can alternate between programs.  CPU time of the thread, not wall time: another
- * process on the same core is not our cost. */
+ * median of TURN repetitions: the first ones find cold caches), so that a driver can alternate between programs.  CPU
+ * time of the thread, not wall time: another process on the same core is not our cost. */
 #ifndef RUN_H
 #define RUN_H
 #include <malloc.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <time.h>
 
 enum { TURN = 5 };
@@ -59,5 +60,22 @@ static int run(int argc, char **argv, double (*once)(long n))
     printf("name=%s units=%ld repetitions=%ld min_ns=%.4f median_ns=%.4f\n", name, n, reps, ns[0], ns[reps / 2]);
     free(ns);
     return 0;
+}
+
+/* The units, of `size` bytes, in the file that argv[1] names; their number takes its place. */
+static inline void *read_units(int argc, char **argv, size_t size)
+{
+    static char units[32];
+    struct stat s;
+    FILE *f = argc > 1 ? fopen(argv[1], "rb") : NULL;
+    void *read = f && !fstat(fileno(f), &s) ? malloc(s.st_size + 1) : NULL;
+    if (!read || fread(read, 1, s.st_size, f) != (size_t)s.st_size) {
+        fprintf(stderr, "usage: %s FILE [repetitions | -]\n", argv[0]);
+        exit(2);
+    }
+    fclose(f);
+    snprintf(units, sizeof units, "%ld", (long)(s.st_size / size));
+    argv[1] = units;
+    return read;
 }
 #endif

@@ -2,7 +2,6 @@
  * file of 64-bit page numbers; `hits` prints how many hit.  A set is an array with the newest entry in front: recently used
  * pages are found early, and the one to evict is at the end.  Its geometry is a constant, which the model's is not. */
 #include <stdint.h>
-#include <sys/stat.h>
 #include "run.h"
 
 enum { ENTRIES = 1024, WAYS = 16, SETS = ENTRIES / WAYS };
@@ -56,23 +55,11 @@ static double once(long n)
 
 int main(int argc, char **argv)
 {
-    struct stat s;
-    char units[32];
-    FILE *f = argc > 1 ? fopen(argv[1], "rb") : NULL;
-    if (!f || fstat(fileno(f), &s)) {
-        fprintf(stderr, "usage: translation_cache PAGES [repetitions | - | hits]\n");
-        return 2;
-    }
-    pages = malloc(s.st_size + 1);
-    if (!pages || fread(pages, 1, s.st_size, f) != (size_t)s.st_size)
-        return 2;
-    fclose(f);
+    pages = read_units(argc, argv, sizeof *pages);
     if (argc > 2 && !strcmp(argv[2], "hits")) {
-        once(s.st_size / sizeof *pages);
+        once(atol(argv[1]));
         printf("%lu\n", hits);
         return 0;
     }
-    snprintf(units, sizeof units, "%ld", (long)(s.st_size / sizeof *pages));
-    argv[1] = units;
     return run(argc, argv, once);
 }
