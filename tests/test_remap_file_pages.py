@@ -139,6 +139,16 @@ def test_nonlinear_pages_of_one_vma(nonlinear, file):
     assert shown(nonlinear) == b"x563x567"
 
 
+def test_a_page_put_where_it_is(nonlinear, file):
+    """As any other: what was there goes first.  It is mapped once all the time."""
+    map_file(nonlinear, file)
+    nonlinear.read(BASE, 1)
+    shared = []
+    nonlinear.register_ops(ioproc.Ops(invalidate_page=lambda vma, addr: shared.append(nonlinear.pagemap(addr, 1)["shared"][0])))
+    nonlinear.remap_file_pages(BASE, PAGE, 0)
+    assert shared == [False] and shown(nonlinear)[:1] == b"0"
+
+
 def test_nonlinear_pages_are_remembered(mem, nonlinear, file):
     map_file(nonlinear, file)
     nonlinear.remap_file_pages(BASE, 4 * PAGE, 4)

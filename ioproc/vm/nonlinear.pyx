@@ -79,7 +79,7 @@ cdef int install_page(MM *mm, VMArea *vma, u64 addr, u64 index, FrameBatch *batc
     pthread_mutex_lock(&mm.mem.lock)
     page = file_page(vma.file, index, NULL)
     if page:
-        atomic_add(&mm.mem.frames[page].counts, 1)
+        atomic_add(&mm.mem.frames[page].counts, ONE_REFERENCE)      # it stays; the device sees it mapped no more than it is
     pthread_mutex_unlock(&mm.mem.lock)
     if page == 0:
         if leaf.used == 0:
@@ -93,6 +93,7 @@ cdef int install_page(MM *mm, VMArea *vma, u64 addr, u64 index, FrameBatch *batc
         mm.rss += 1
         if pte[0] == 0:
             leaf.used += 1
+    atomic_add(&mm.mem.frames[page].counts, 1 - <u64> ONE_REFERENCE)
     pte[0] = pte_make(page, vma_pte_bits(vma) | PTE_YOUNG | (PTE_WRITE if vma.flags & VM_WRITE else 0))
     fire_page(mm, UPDATE_PAGE, vma, addr)
     return 0
