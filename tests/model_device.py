@@ -334,7 +334,7 @@ class Context:
     def change_protection(self, vma, start, end, prot):
         if not prot & 1:
             self.invalidate(start, end)
-        elif not prot & 2:
+        elif not prot & 2 or self.mm.find(start).flags & (Flag.HUGETLB | Flag.SHARED) == Flag.HUGETLB:      # wait for a fault
             self.restrict(start, end)
         else:
             self.told()

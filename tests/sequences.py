@@ -321,7 +321,7 @@ addresses = st.one_of(       # in the arena, or where a VMA starts or ends: ("st
     st.tuples(st.sampled_from(["start", "end"]), st.integers(0, 5), st.sampled_from([0, 0, PAGE, -PAGE])))
 lengths = st.integers(1, 8).map(lambda pages: pages * PAGE)
 short_lengths = st.integers(1, 3).map(lambda pages: pages * PAGE)
-prots = st.sampled_from([3, 3, 3, 1, 1, 0, 5, 2])
+prots = st.sampled_from([3, 3, 3, 1, 1, 0, 5, 2, 7])
 files = st.integers(0, len(FILES) - 1).map(lambda i: ("file", i))
 all_ops = st.integers(0, 2).map(lambda i: ("ops", i))
 slots = st.integers(0, HUGE_SLOTS - 1).map(lambda slot: HUGE_ARENA + slot * HUGE)

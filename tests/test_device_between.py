@@ -183,6 +183,28 @@ def test_an_operation_waits_for_the_access_in_flight(design):
     assert process.context.violations() == []
 
 
+@pytest.mark.parametrize("design", ["mm+fault", "interval+fault", "mm+pin-cache+hooks", "bounce"])
+def test_a_nic_closed_while_a_process_forks(design):
+    """It has listed whom to detach before the child is there, and waits for the parent's lock."""
+    mm, nic = ioproc.AddressSpace(ioproc.PhysicalMemory(frames=600)), ioproc.Nic()
+    pages(mm, 4)
+    nic.attach(mm, **ioproc.DESIGNS[design], fork="inherit").access(BASE, 4 * PAGE, write=True)
+    closing = threading.Thread(target=nic.close)
+
+    def told(vma, addr):
+        if not closing.ident:
+            closing.start()
+            time.sleep(SOON)
+
+    mm.register_ops(ioproc.Ops(wrprotect_page=told))
+    child = mm.fork()
+    closing.join(LATE)
+    with pytest.raises(KeyError):
+        nic.context(child)
+    assert nic.stats["pinned"] == 0 and not closing.is_alive()
+    child.exit()
+
+
 @pytest.mark.parametrize("design", ["vma+fault", "interval+fault", "vma+pin-cache+hooks", "mm+preload-registered"])
 def test_a_nic_closed_while_a_child_inherits_its_attachment(design):
     """Nothing of a context that is no more may be left in the child."""

@@ -5,6 +5,7 @@ import mmap
 import sys
 import threading
 import time
+import weakref
 
 import pytest
 
@@ -351,6 +352,39 @@ def test_huge_pages(design, shift):
     whole(ctx)
     child.exit(), mm.exit()
     assert mm.mem.stats["huge_pages_free"] == 8
+
+
+@pytest.mark.parametrize("design", HOOKED)
+@pytest.mark.parametrize("shift", [12, 21])
+def test_huge_pages_are_read_only_after_any_mprotect(design, shift):
+    """Also after one that leaves them writable: entries of private ones wait for a write fault, and fork has none to tell of."""
+    mm = process()
+    mm.mmap(HUGE, RW, PRIVATE | HUGETLB, addr=8 * HUGE)
+    mm.write(8 * HUGE, b"old")
+    ctx = attach(mm, design, Nic(page_shift=shift))
+    ctx.access(8 * HUGE, P, write=True)
+    mm.mprotect(8 * HUGE, HUGE, RW | mmap.PROT_EXEC)
+    child = mm.fork()
+    ctx.rdma_write(8 * HUGE, b"new")
+    assert child.read(8 * HUGE, 3) == b"old" and mm.read(8 * HUGE, 3) == b"new"
+    whole(ctx)
+
+
+def test_memory_that_another_process_has_taken_over():
+    """After vfork and exec of the parent."""
+    mm = process()
+    ctx = attach(mm, "mm+fault")
+    child = mm.vfork()
+    assert ctx.mm is mm
+    mm.exec()
+    assert ctx.mm is child is not mm and ctx.nic.context(child) is ctx and ctx.attached
+    ctx.rdma_write(BASE, b"x")
+    assert child.read(BASE, 1) == b"x"
+    gone = weakref.ref(ctx)
+    ctx.detach()
+    del ctx
+    assert gone() is None and child.read(BASE, 1) == b"x"
+    child.exit()
 
 
 def test_one_entry_for_a_huge_page():

@@ -212,6 +212,21 @@ def test_truncation_finds_non_linear_pages(mem, nonlinear, file):
     refused(errno.EINVAL, nonlinear.madvise, BASE, PAGE, mmap.MADV_REMOVE)
 
 
+@pytest.mark.parametrize("go", [lambda mm: mm.remap_file_pages(BASE, 2 * PAGE, 2),
+                                lambda mm: mm.madvise(BASE, PAGE, mmap.MADV_DONTNEED)], ids=["shown elsewhere", "zapped"])
+def test_what_was_written_is_not_forgotten(go):
+    """The entry's dirty bit goes with the entry; the page stays dirty."""
+    mem = ioproc.PhysicalMemory(64)                         # no swap: what is dirty stays, what is not may go
+    with ioproc.AddressSpace(mem, nonlinear=True) as mm:
+        file = ioproc.File(mem, PAGES * PAGE, memfd=True)
+        map_file(mm, file)
+        mm.write(BASE, b"x")
+        mm.remap_file_pages(BASE + 4 * PAGE, PAGE, 1)       # the VMA is non-linear now
+        go(mm)
+        mem.reclaim(64)
+        assert file.read(0, 1) == b"x"
+
+
 def test_reclaim_leaves_what_is_shown_out_of_order(nonlinear, file):
     """It looks for a page in one place per VMA: where the file's pages in order would have it."""
     map_file(nonlinear, file)

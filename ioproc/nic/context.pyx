@@ -13,7 +13,6 @@ cdef class Context:
     cdef NicContext *context
     cdef readonly Nic nic
     cdef PhysicalMemory mem
-    cdef object space           # weak: the address space owns its contexts
     cdef object __weakref__
 
     def __cinit__(self, token=None):
@@ -56,6 +55,9 @@ cdef class Context:
             why = inherit_attachments(context, heir)
         if why == NO_FRAME:
             raise MemoryError("fork: no memory for the attachments that the child inherits")
+        if context.gone:                    # detached during the fork
+            made.detach()
+            return 0
         for start, end, access in registrations:
             with nogil:
                 if regcache_get(&heir.registered, start, end - start, access, &region) == 0:
@@ -102,7 +104,6 @@ cdef class Context:
         cdef bint done = True
         cdef int error
         cdef object weak_self = ref(self)   # not under the lock: the garbage collector may run
-        self.space = ref(space)
         space.enter()
         mm = space.mm
         try:
@@ -143,11 +144,8 @@ cdef class Context:
                     context_detach(context)
             elif context.bounce != NULL:        # never attached
                 bounce_free(context)
-        if context.has_registered:
-            context.counts = context_counts(context)
-            regcache_destroy(&context.registered)
-        if context.mm != NULL:
             pthread_mutex_lock(&context.nic.lock)
+            context.counts = context_counts(context)
             context_drop(context, 0, ADDRESSES_END)     # of one that was never attached
             counts_add(<u64 *> &context.nic.gone, <const u64 *> &context.counts, sizeof(NicCounts) // 8)
             link = &context.nic.contexts
@@ -155,6 +153,9 @@ cdef class Context:
                 link = &link[0].next
             link[0] = context.next
             pthread_mutex_unlock(&context.nic.lock)
+        if context.has_registered:
+            regcache_destroy(&context.registered)       # now that no statistics look at it
+        if context.mm != NULL:
             mm_put(context.mm)
         table_free(context.index, 3)
         table_free(context.huge_index, 3)
@@ -165,19 +166,18 @@ cdef class Context:
 
     cdef int leave_space(self) except -1:
         """The address space no longer owns it."""
-        space = None if self.space is None else self.space()
+        cdef AddressSpace space = face_of(self.context.mm)
         found = self.nic.contexts.get(<size_t> self.context.mm)
         if found is not None and found() is self:       # not one attached since
             del self.nic.contexts[<size_t> self.context.mm]
-        if space is not None and (<AddressSpace> space).owners is not None:
-            (<AddressSpace> space).owners.pop(<size_t> self.context, None)
+        if space is not None and space.owners is not None:
+            space.owners.pop(<size_t> self.context, None)
         return 0
 
     def detach(self):
         """
         End it: no translation, no registration and no hook is left, but for what a `Registration` in somebody's hand keeps
-        pinned.  A transfer in another thread ends with an error; a second
-        ``detach`` does nothing.
+        pinned.  A transfer in another thread ends with an error; a second ``detach`` does nothing.
         """
         refuse_in_callback()
         with nogil:
@@ -373,8 +373,8 @@ cdef class Context:
 
     @property
     def mm(self):
-        """AddressSpace: None if it is gone."""
-        return None if self.space is None else self.space()
+        """AddressSpace: the first that has the memory (`vfork`); None if it is gone."""
+        return face_of(self.context.mm)
 
     @property
     def placement(self):

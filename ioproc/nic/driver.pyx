@@ -101,7 +101,7 @@ cdef void nic_wrprotect_page(void *arg, const ioproc_vma *vma, u64 addr) noexcep
 cdef void nic_change_protection(void *arg, const ioproc_vma *vma, u64 start, u64 end, u32 newprot) noexcept nogil:
     if not newprot & VM_READ:
         context_invalidate(<NicContext *> arg, start, end)
-    elif not newprot & VM_WRITE:
+    elif not newprot & VM_WRITE or vma.flags & (VM_HUGETLB | VM_SHARED) == VM_HUGETLB:      # whose entries wait for a write fault
         context_writeprotect(<NicContext *> arg, start, end)
     else:
         nic_told(<NicContext *> arg)
@@ -164,6 +164,7 @@ cdef bint precopy_wants(void *arg, u64 start, u64 end) noexcept nogil:
         pthread_mutex_lock(&context.registered.lock)
         region = region_below(&context.registered, end - 1)
         wants = region != NULL and start < region.end
+        wants = wants or pending_in(&context.registered, start, end) != NULL    # its pages may be pinned by now
         pthread_mutex_unlock(&context.registered.lock)
     if wants:
         return True

@@ -296,9 +296,11 @@ cdef class Nic:
 
     def close(self):
         """Detach every process.  Transfers that go on end with an error."""
-        for found in list(self.contexts.values()):
-            context = found()
-            if context is not None:
+        cdef list attached = [None]
+        while attached:             # a fork that goes on may attach one more
+            attached = [found() for found in list(self.contexts.values())]
+            attached = [context for context in attached if context is not None and (<Context> context).attached]
+            for context in attached:
                 (<Context> context).detach()
 
     def __enter__(self):

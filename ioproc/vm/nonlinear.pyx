@@ -88,6 +88,8 @@ cdef int install_page(MM *mm, VMArea *vma, u64 addr, u64 index, FrameBatch *batc
     pte = &leaf.entry[table_index(addr, 0)]
     if pte[0] & PTE_PRESENT:
         fire_page(mm, INVALIDATE_PAGE, vma, addr)
+        if pte[0] & PTE_DIRTY:
+            frame_keep_dirty(frame_at(mm.mem, pte_pfn(pte[0])))
         frame_unmap(batch, pte_pfn(pte[0]))
     else:
         mm.rss += 1
@@ -124,6 +126,8 @@ cdef void zap_nonlinear(MM *mm, VMArea *vma, u64 start, u64 end, u64 first, u64 
                     else:
                         leaf.used -= 1
                     mm.rss -= 1
+                    if pte & PTE_DIRTY:
+                        frame_keep_dirty(frame_at(mm.mem, pte_pfn(pte)))
                     frame_unmap(batch, pte_pfn(pte))
             addr += PAGE_SIZE
         if leaf.used == 0:
