@@ -370,6 +370,25 @@ def test_huge_pages_are_read_only_after_any_mprotect(design, shift):
     whole(ctx)
 
 
+@pytest.mark.parametrize("design", ["mm+pin-cache+hooks", "vma+preload-registered"])
+def test_a_hook_that_raises_while_a_child_inherits(design):
+    """What the child registers takes pages of another process, whose hook raises: fork tells, and nobody after it."""
+    mem = PhysicalMemory(40, 64)
+    other, mm = AddressSpace(mem), AddressSpace(mem)
+    for space, pages in (other, 24), (mm, 16):
+        space.mmap(pages * P, addr=BASE)
+        space.touch(BASE, pages * P, write=True)
+    attach(mm, design, fork="inherit").register(BASE, 16 * P)
+
+    def refuse(*_):
+        raise ValueError("refused")
+
+    other.register_ops(Ops(invalidate_page=refuse))
+    with pytest.raises(ValueError, match="refused"):
+        mm.fork()
+    AddressSpace(mem).mmap(P)
+
+
 def test_memory_that_another_process_has_taken_over():
     """After vfork and exec of the parent."""
     mm = process()

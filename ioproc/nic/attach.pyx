@@ -54,7 +54,7 @@ cdef void context_end(NicContext *context) noexcept nogil:
     cdef bint first
     pthread_mutex_lock(&context.nic.lock)
     first = not context.gone
-    context.gone = True
+    atomic_store(&context.gone, True)
     context_drop(context, 0, ADDRESSES_END)
     wait_for_flights(context)
     pthread_mutex_unlock(&context.nic.lock)
@@ -96,16 +96,18 @@ cdef void context_detach(NicContext *context) noexcept nogil:
 
 cdef int inherit_attachments(NicContext *parent, NicContext *child) noexcept nogil:
     """
-    What of the parent takes part does in the child, unless somebody has detached it already.  Parent's lock, then the child's:
-    it is newer.
+    What of the parent takes part does in the child, unless somebody has detached it already.  DETACHED: the parent is, by now.
+    Parent's lock, then the child's: it is newer.
     """
     cdef VMArea *vma
     cdef const VMArea *like
     cdef bint done
+    cdef bint left
     cdef u64 i = 0
     cdef u64 start
     mm_lock(parent.mm)
     mm_lock(child.mm)
+    left = parent.gone
     vma = child.mm.first
     done = not child.gone
     while parent.placement == AT_VMA and vma != NULL and done:
@@ -120,4 +122,6 @@ cdef int inherit_attachments(NicContext *parent, NicContext *child) noexcept nog
         i += 1
     mm_unlock(child.mm)
     mm_unlock(parent.mm)
-    return DONE if done or child.gone else NO_FRAME
+    if not done and not child.gone:
+        return NO_FRAME
+    return DETACHED if left else DONE

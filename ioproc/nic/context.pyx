@@ -2,6 +2,7 @@
 
 cdef enum:
     PACKET = 65536              # bytes that go from one NIC to the other at once
+    CONTEXTS_MOST = (1 << 24) - 1       # of one NIC: as many numbers as there are in a key
 
 
 cdef object ATTACH = object()    # whoever has it prepares what it makes
@@ -24,6 +25,8 @@ cdef class Context:
         cdef RegCache *cache = &self.context.registered
         cdef const Region *region
         cdef u64 at = 0
+        cdef u64 end = 0
+        cdef u32 access = 0         # no object is made under the lock
         cdef list found = []
         while self.context.has_registered:
             pthread_mutex_lock(&cache.lock)
@@ -55,7 +58,7 @@ cdef class Context:
             why = inherit_attachments(context, heir)
         if why == NO_FRAME:
             raise MemoryError("fork: no memory for the attachments that the child inherits")
-        if context.gone:                    # detached during the fork
+        if why == DETACHED:                 # who did that has not seen the child
             made.detach()
             return 0
         for start, end, access in registrations:
@@ -109,6 +112,8 @@ cdef class Context:
         try:
             if nic.find(mm) is not None:
                 raise ValueError("mm: it is attached to this NIC already")
+            if card.attached == CONTEXTS_MOST:
+                raise MemoryError(f"a NIC numbers {CONTEXTS_MOST:,} contexts, ever")
             mm_hold(mm)
             context.mm = mm
             with nogil:
@@ -125,7 +130,7 @@ cdef class Context:
                 raise MemoryError(f"no frames for a bounce buffer of {bounce} pages")
             if error:
                 raise MemoryError("no memory for a context") if error == -ENOMEM else syscall_error(error, "attach")
-            context.gone = False
+            atomic_store(&context.gone, False)
             nic.contexts[<size_t> mm] = weak_self
             space.owners[<size_t> context] = self
         finally:
@@ -139,20 +144,20 @@ cdef class Context:
         if context == NULL:
             return
         if context.mm != NULL:
-            if not context.gone:
-                with nogil:
+            with nogil:
+                if not context.gone:
                     context_detach(context)
-            elif context.bounce != NULL:        # never attached
-                bounce_free(context)
-            pthread_mutex_lock(&context.nic.lock)
-            context.counts = context_counts(context)
-            context_drop(context, 0, ADDRESSES_END)     # of one that was never attached
-            counts_add(<u64 *> &context.nic.gone, <const u64 *> &context.counts, sizeof(NicCounts) // 8)
-            link = &context.nic.contexts
-            while link[0] != context:
-                link = &link[0].next
-            link[0] = context.next
-            pthread_mutex_unlock(&context.nic.lock)
+                elif context.bounce != NULL:        # never attached
+                    bounce_free(context)
+                pthread_mutex_lock(&context.nic.lock)
+                context.counts = context_counts(context)
+                context_drop(context, 0, ADDRESSES_END)     # of one that was never attached
+                counts_add(<u64 *> &context.nic.gone, <const u64 *> &context.counts, sizeof(NicCounts) // 8)
+                link = &context.nic.contexts
+                while link[0] != context:
+                    link = &link[0].next
+                link[0] = context.next
+                pthread_mutex_unlock(&context.nic.lock)
         if context.has_registered:
             regcache_destroy(&context.registered)       # now that no statistics look at it
         if context.mm != NULL:
@@ -200,7 +205,7 @@ cdef class Context:
     cdef int fail(self, int why, u64 addr, u64 length, bint write, u64 completed) except -1:
         """At `addr`; or, where a registration failed, at the first byte from there on that the process may not access so."""
         cdef u64 allowed = 0
-        if why in (NO_MAPPING, NO_RIGHT) and not self.context.gone:
+        if why in (NO_MAPPING, NO_RIGHT) and self.attached:
             with nogil:
                 allowed = accessible(self.context.mm, addr, length, write)
         raise RemoteAccessError(addr + allowed if allowed < length else addr, CAUSES[why], completed)
@@ -396,7 +401,7 @@ cdef class Context:
     @property
     def attached(self):
         """bool: neither detached nor has the process ended."""
-        return not self.context.gone
+        return not atomic_load(&self.context.gone)
 
     def __repr__(self):
         return f"<ioproc.Context {self.design}: {'attached' if self.attached else 'detached'}>"

@@ -120,7 +120,7 @@ cdef struct NicContext:            # one process on one NIC
     u64 prefault                # pages a fault loads at most
     ioproc_ops ops
     Precopy precopy
-    bint gone                   # detached, or its process ended
+    u64 gone                    # detached, or its process ended; changes under MM.lock and Nic.lock
     u64 phase                   # the access in flight counts in flights[phase & 1]
     u64 flights[2]
     bint awaited                # somebody waits for those of the phase before

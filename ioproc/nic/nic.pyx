@@ -242,7 +242,7 @@ cdef class Nic:
     cdef Context find(self, MM *mm):
         cdef object found = self.contexts.get(<size_t> mm)
         cdef Context context = None if found is None else found()
-        return None if context is None or context.context.gone else context
+        return None if context is None or not context.attached else context
 
     @property
     def stats(self):
@@ -311,8 +311,14 @@ cdef class Nic:
 
     def __repr__(self):
         cdef u64 n = 0
-        cdef const NicContext *context = self.nic.contexts
-        while context != NULL:
-            n += not context.gone
-            context = context.next
-        return f"<ioproc.Nic: {self.nic.live} translations of {n} process{'es' * (n != 1)}>"
+        cdef u64 live
+        cdef const NicContext *context
+        with nogil:
+            pthread_mutex_lock(&self.nic.lock)
+            live = self.nic.live
+            context = self.nic.contexts
+            while context != NULL:
+                n += not context.gone
+                context = context.next
+            pthread_mutex_unlock(&self.nic.lock)
+        return f"<ioproc.Nic: {live} translations of {n} process{'es' * (n != 1)}>"

@@ -804,6 +804,7 @@ cdef class AddressSpace:
         if child == NULL:
             raise MemoryError("fork")
         inherit_contexts(inherited, face)
+        raise_pending()
         return face
 
     def vfork(self):
