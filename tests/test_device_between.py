@@ -153,34 +153,118 @@ def test_a_load_beside_an_operation_elsewhere_is_not_repeated():
     assert process.context.stats["retries"] == 0
 
 
-@pytest.mark.parametrize("design", ["mm+fault", "vma+preload", "interval+fault", "mm+pin-cache+hooks"])
-def test_an_operation_waits_for_the_access_in_flight(design):
+class Writers:
+    """Six threads of a device that write now one thing, now another to the four pages; others that register beside them."""
+
+    def __init__(self, context, registering=0):
+        self.context, self.stop = context, threading.Event()
+        self.threads = [threading.Thread(target=self.write, args=(number,)) for number in range(6)]
+        self.threads += [threading.Thread(target=self.register, args=(number,)) for number in range(registering)]
+
+    def write(self, number):
+        data = [bytes([2 * number + i]) * 4 * PAGE for i in range(2)]
+        try:
+            while not self.stop.is_set():
+                for one in data:
+                    self.context.rdma_write(BASE, one)
+        except ioproc.RemoteAccessError as error:
+            assert error.cause == "detached"
+
+    def register(self, number):
+        while not self.stop.is_set():
+            self.context.register(BASE + (8 + number) * PAGE, PAGE).deregister()
+
+    def __enter__(self):
+        for thread in self.threads:
+            thread.start()
+
+    def __exit__(self, *exception):
+        self.stop.set()
+        for thread in self.threads:
+            thread.join()
+
+
+def changes(mm):
+    """Does memory that only a device writes to still change?"""
+    first = mm.read(BASE, 4 * PAGE)
+    time.sleep(0.0005)
+    return mm.read(BASE, 4 * PAGE) != first
+
+
+@pytest.mark.parametrize(("design", "registering", "forks"), [
+    ("mm+fault", 0, 200), ("vma+preload", 0, 200), ("interval+fault", 0, 200), ("mm+pin-cache+hooks", 0, 200),
+    ("mm+fault", 3, 300)])
+def test_an_operation_waits_for_the_access_in_flight(design, registering, forks):
     """What a device was writing when fork began is in the child, or is not: it does not arrive there later."""
     process = Process(design)
-    process.mm.write(BASE, bytes(4 * PAGE))
-    stop = threading.Event()
-
-    def device(number):
-        data = [bytes([2 * number + i]) * 4 * PAGE for i in range(2)]
-        while not stop.is_set():
-            for one in data:
-                process.context.rdma_write(BASE, one)
-
-    threads = [threading.Thread(target=device, args=(number,)) for number in range(6)]
-    for thread in threads:
-        thread.start()
-    try:
-        for _ in range(200):
+    pages(process.mm, 16)
+    with Writers(process.context, registering):
+        for _ in range(forks):
             child = process.mm.fork()
-            first = child.read(BASE, 4 * PAGE)
-            time.sleep(0.0005)
-            assert child.read(BASE, 4 * PAGE) == first
+            assert not changes(child)
             child.exit()
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
     assert process.context.violations() == []
+
+
+@pytest.mark.parametrize("design", ["mm+fault", "pin-cache", "interval+preload-registered"])
+def test_detaching_waits_for_the_access_in_flight(design):
+    process = Process(design)
+    context = process.context
+    for _ in range(60):
+        with Writers(context):
+            time.sleep(0.001)
+            context.detach()
+            assert not changes(process.mm)
+        context = context.nic.attach(process.mm, **ioproc.DESIGNS[design])
+
+
+def test_an_exit_is_told_to_intervals():
+    """Before anything is unmapped: the device may be in the middle of it."""
+    mem, nic = ioproc.PhysicalMemory(frames=600), ioproc.Nic()
+    for _ in range(100):
+        mm = ioproc.AddressSpace(mem)
+        pages(mm, 512)
+        context = nic.attach(mm, **ioproc.DESIGNS["interval+fault"], prefault=512)
+        context.access(BASE, 512 * PAGE, write=True)
+        begun = threading.Event()
+
+        def device(context=context, begun=begun):
+            begun.set()
+            try:
+                while True:
+                    context.access(BASE, 512 * PAGE, write=True)
+            except ioproc.RemoteAccessError as error:
+                assert error.cause == "detached"
+
+        thread = threading.Thread(target=device)
+        thread.start()
+        begun.wait()
+        mm.exit()
+        thread.join()
+    assert nic.violations() == []
+
+
+def test_a_stale_write_to_a_free_frame_is_lost():
+    """Not even a translation that should not be reaches the next who is given the frame."""
+    mm = ioproc.AddressSpace(ioproc.PhysicalMemory(frames=64), teardown_batch=2)
+    pages(mm, 8)
+    mm.touch(BASE, 8 * PAGE, write=True)
+    context = ioproc.Nic().attach(mm, "mm", "fault")
+    last = BASE + 7 * PAGE
+
+    def load():
+        thread = threading.Thread(target=context.access, args=(last, 1), kwargs={"write": True})
+        thread.start()
+        thread.join()
+
+    once("teardown-gap", load)
+    mm.munmap(BASE, 8 * PAGE)
+    context.rdma_write(last, b"stale")
+    assert len(context.violations()) == 1
+    other = ioproc.AddressSpace(mm.mem)
+    pages(other, 60)
+    other.touch(BASE, 60 * PAGE, write=True)
+    assert not any(other.read(BASE, 60 * PAGE))
 
 
 @pytest.mark.parametrize("design", ["mm+fault", "interval+fault", "mm+pin-cache+hooks", "bounce"])
