@@ -3,6 +3,7 @@
 Beside test_device_races.py, which has the two races in their plainest form: every kind of operation, for every design that could
 lose by it.
 """
+import sys
 import threading
 import time
 
@@ -175,10 +176,13 @@ class Writers:
             self.context.register(BASE + (8 + number) * PAGE, PAGE).deregister()
 
     def __enter__(self):
+        self.interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-4)
         for thread in self.threads:
             thread.start()
 
     def __exit__(self, *exception):
+        sys.setswitchinterval(self.interval)
         self.stop.set()
         for thread in self.threads:
             thread.join()
