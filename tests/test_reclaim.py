@@ -331,3 +331,20 @@ def test_cold(both):
     both.register(both.ops())
     both.madvise(1, 1, COLD)
     assert [bool(both.page(page)["young"]) for page in range(3)] == [True, False, True] and both.fired == []
+
+
+def test_a_frame_that_the_operation_itself_frees_is_there_for_it():
+    """Also for the page cache: nothing is reclaimed while one write frees what it needs for its next page."""
+    mem = ioproc.PhysicalMemory(frames=2, swap_slots=8)
+    mm = ioproc.AddressSpace(mem)
+    file = ioproc.File(mem, PAGE)
+    mm.mmap(PAGE, addr=BASE)
+    mm.mmap(PAGE, 3, 1, addr=BASE + PAGE, file=file)
+    mm.write(BASE, b"x")
+    child = mm.fork()
+    mem.reclaim(2)
+    child.read(BASE, 1)                                     # a frame of its contents, which are in swap as well
+    before = mem.stats["swapped_out"]
+    child.write(BASE, b"y" * 2 * PAGE)                      # a copy, which frees that frame; then a page of the file
+    assert mem.stats["swapped_out"] == before and mem.stats["frames_used"] == 2
+    assert mm.read(BASE, 1) == b"x"

@@ -12,7 +12,7 @@ from ioproc.vm.mm cimport (
     VM_SHARED, VM_WRITE, AnonVMA, FileCache, Memory, Slot, Table, VMArea, atomic_add, atomic_load, atomic_store, check,
     page_align, vma_index)
 from ioproc.vm.page_table cimport leaf_drop, leaf_end, leaf_find, leaf_make, pte_set, table_index
-from ioproc.vm.reclaim cimport RECLAIM_TRIES, reclaim_some
+from ioproc.vm.reclaim cimport RECLAIM_TRIES, make_room
 from ioproc.vm.rmap cimport anon_is_singular, anon_join, anon_new, anon_root
 from ioproc.vm.swap cimport CACHE_DISK, CACHE_SLOT, cache_pfn, slot_cache, slot_copy, slot_put
 from ioproc.vm.vma cimport STACK_GUARD_GAP, may_expand, may_lock, vma_find, vma_resize
@@ -348,7 +348,7 @@ cdef inline int fault_or_reclaim(MM *mm, VMArea *vma, u64 addr, Table **leaf, bi
     """`fault` that takes frames back where there is none left."""
     cdef int result = fault(mm, vma, addr, leaf, write, batch)
     cdef int tries = RECLAIM_TRIES
-    while unlikely(result == ACCESS_OOM) and tries and reclaim_some(mm.mem):
+    while unlikely(result == ACCESS_OOM) and tries and make_room(batch):
         tries -= 1
         leaf[0] = leaf_find(mm.root, addr)
         result = fault(mm, vma, addr, leaf, write, batch)
@@ -463,7 +463,7 @@ cdef inline int touch_range(MM *mm, u64 start, u64 end, bint write, FrameBatch *
             if unlikely(result == ACCESS_OOM):
                 tries = tries - 1 if addr == failed else RECLAIM_TRIES
                 failed = addr
-                if tries and reclaim_some(mm.mem):
+                if tries and make_room(batch):
                     result = ACCESS_OK
     faulted[0] = faults
     stopped[0] = addr

@@ -59,7 +59,7 @@ cdef int remap_nonlinear(MM *mm, VMArea *vma, u64 start, u64 end, u64 pgoff) noe
     batch_begin(&batch, mm.mem, 0)
     while start < end and result == 0:
         result = install_page(mm, vma, start, pgoff, &batch)
-        if result and tries and reclaim_some(mm.mem):
+        if result and tries and make_room(&batch):
             tries -= 1
             result = 0
             continue

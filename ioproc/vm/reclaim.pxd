@@ -8,7 +8,8 @@ from libc.stdlib cimport free, malloc, realloc
 from ioproc.hooks.chain cimport INVALIDATE_PAGE, unlikely
 from ioproc.pthread cimport pthread_mutex_lock, pthread_mutex_unlock, pthread_self
 from ioproc.vm.fire cimport fire_page
-from ioproc.vm.frames cimport BATCH, ONE_REFERENCE, frames_free, mapcount_of, pool_give, references_of
+from ioproc.vm.frames cimport (
+    BATCH, ONE_REFERENCE, FrameBatch, batch_return, frames_free, mapcount_of, pool_give, references_of)
 from ioproc.vm.huge cimport huge_entry
 from ioproc.vm.mm cimport (
     HOOKED, MM, OWNER_ANON, OWNER_BITS, OWNER_DIRTY, PAGE_SHIFT, PTE_DIRTY, PTE_EXCLUSIVE, PTE_UNCOUNTED, PTE_YOUNG,
@@ -396,3 +397,11 @@ cdef inline bint reclaim_some(Memory *mem) noexcept nogil:
     if reclaim(mem, 1 if part == 0 else part if part < RECLAIM_BATCH else RECLAIM_BATCH):
         return True
     return frames_free(mem) != 0            # another thread gave some back
+
+
+cdef inline bint make_room(FrameBatch *batch) noexcept nogil:
+    """The same for an operation that may hold free frames itself, which the page cache has none of: these go back first."""
+    if batch.n or batch.nfreed:
+        batch_return(batch)
+        return True
+    return reclaim_some(batch.mem)
