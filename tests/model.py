@@ -811,7 +811,7 @@ class MM(VmaList, HugeMappings):
         else:
             pte.frame.dirty |= pte.dirty and pte.frame.file is not None
             pte.frame.mappings.discard((self, page))
-            if pte.frame.huge and pte.frame.mappings and not pte.frame.file and self.find(page).owner:
+            if pte.frame.huge and (pte.frame.mappings or pte.frame.pins) and not pte.frame.file and self.find(page).owner:
                 self.spent.add(page)        # it was reserved for the owner, but others have it now
             self.mem.release(pte.frame)
 

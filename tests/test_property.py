@@ -76,6 +76,13 @@ ONCE_WRONG = {      # programs on which the two did not agree, or which are hard
     "a huge page that its owner took back": [
         (0, "mmap", 3 * HUGE, 3, 0x48032, {"addr": 2 * HUGE}), (0, "fork"), (0, "write", 2 * HUGE, b"x"),
         (0, "munmap", 3 * HUGE, 2 * HUGE), (1, "munmap", 3 * HUGE, 2 * HUGE), (1, "read", 2 * HUGE, 1)],
+    "what is reserved behind the end of a file that grows": [
+        (0, "truncate", ("file", 5), 0),
+        (0, "mmap", 2 * HUGE, 1, 0x11, {"addr": 0x20000000, "file": ("file", 5), "offset": HUGE}),
+        (0, "truncate", ("file", 5), HUGE)],
+    "a pinned huge page whose file is cut": [
+        (0, "mmap", HUGE, 3, 0x12, {"addr": 0x20400000, "file": ("file", 5), "offset": HUGE}),
+        (0, "pin", 0x20400000, PAGE, {"write": False}), (0, "truncate", ("file", 5), 0), (0, "unpin", 0)],
     "the last page of a file mapped over itself": [
         (0, "mmap", 3 * PAGE, 3, 0x31, {"addr": A}), (0, "read", A, 3 * PAGE), (0, "munmap", A, 2 * PAGE),
         (0, "remap_file_pages", A + 2 * PAGE, PAGE, 0)],

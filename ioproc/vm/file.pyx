@@ -202,7 +202,7 @@ cdef void file_truncate(FileCache *file, u64 size) noexcept nogil:
     pthread_mutex_lock(&mem.lock)
     old = file.size
     atomic_store(&file.size, size)
-    if size <= old and file.huge:
+    if file.huge:                           # a larger size, too, ends what mappings have reserved behind it
         huge_file_drop(file, size, FILE_END, True)
     elif size <= old:                       # equal: a mapping may have written behind the end
         file_zero(file, size, kept)
