@@ -175,23 +175,21 @@ cdef int fault_in_bounce(NicContext *context, const Transfer *transfer, u64 addr
 cdef bint bounce_new(NicContext *context, u64 pages) noexcept nogil:
     """The NIC's buffer, registered once.  False: no frame or no memory."""
     cdef Memory *mem = context.mm.mem
-    cdef int tries
+    cdef FrameBatch batch
     cdef u64 i, pfn
     cdef bint done = True
     context.bounce = <u64 *> calloc(pages, sizeof(u64))
     if context.bounce == NULL:
         return False
+    batch_begin(&batch, mem, 0)
     while context.bounce_pages < pages and done:    # without Nic.lock: reclaim may call this NIC back
-        tries = RECLAIM_TRIES
-        pfn = pool_take(mem)
-        while pfn == 0 and tries and reclaim_some(mem):
-            tries -= 1
-            pfn = pool_take(mem)
+        pfn = batch_take_reclaimed(&batch)
         done = pfn != 0
         if done:
             atomic_store(&frame_at(mem, pfn).counts, ONE_REFERENCE)
             context.bounce[context.bounce_pages] = pfn
             context.bounce_pages += 1
+    batch_end(&batch)
     pthread_mutex_lock(&context.nic.lock)
     for i in range(context.bounce_pages):
         done = done and load_bounce(context, TASK_SIZE + (i << PAGE_SHIFT))

@@ -4,13 +4,13 @@ from ioproc.hooks.chain cimport WRPROTECT_PAGE, likely, unlikely
 from ioproc.vm.fault cimport frame_own, pte_make
 from ioproc.vm.fire cimport fire_page
 from ioproc.vm.frames cimport (
-    Frame, FrameBatch, batch_begin, batch_end, batch_free, batch_take, frame_at, frame_copy_contents, frame_map_again,
+    Frame, FrameBatch, batch_begin, batch_end, batch_free, frame_at, frame_copy_contents, frame_map_again,
     frames_alone)
 from ioproc.vm.mm cimport (
     MM, PAGE_SIZE, PTE_DIRTY, PTE_EXCLUSIVE, PTE_SWAP, PTE_UNCOUNTED, PTE_WRITE, PTE_YOUNG, Memory, Precopy, Table, VMArea,
     HOOKED, atomic_add, atomic_store)
 from ioproc.vm.page_table cimport leaf_drop, leaf_make, leaf_next, pte_set, table_index
-from ioproc.vm.reclaim cimport RECLAIM_TRIES, reclaim_some
+from ioproc.vm.reclaim cimport batch_take_reclaimed
 from ioproc.vm.swap cimport swap_entry_copied
 
 
@@ -29,14 +29,10 @@ cdef inline bint precopy(Precopy *who, MM *child, VMArea *copy, u64 addr, Table 
     cdef Memory *mem = child.mem
     cdef FrameBatch batch
     cdef Frame *frame
-    cdef int tries = RECLAIM_TRIES
     cdef bint done = False
     cdef u64 pfn
     batch_begin(&batch, mem, 0)
-    pfn = batch_take(&batch)
-    while unlikely(pfn == 0) and tries and reclaim_some(mem):
-        tries -= 1
-        pfn = batch_take(&batch)
+    pfn = batch_take_reclaimed(&batch)
     if pfn:
         done = True
         frame = frame_at(mem, pfn)

@@ -9,7 +9,7 @@ from ioproc.hooks.chain cimport INVALIDATE_PAGE, unlikely
 from ioproc.pthread cimport pthread_mutex_lock, pthread_mutex_unlock, pthread_self
 from ioproc.vm.fire cimport fire_page
 from ioproc.vm.frames cimport (
-    BATCH, ONE_REFERENCE, FrameBatch, batch_return, frames_free, mapcount_of, pool_give, references_of)
+    BATCH, ONE_REFERENCE, FrameBatch, batch_return, batch_take, frames_free, mapcount_of, pool_give, references_of)
 from ioproc.vm.huge cimport huge_entry
 from ioproc.vm.mm cimport (
     HOOKED, MM, OWNER_ANON, OWNER_BITS, OWNER_DIRTY, PAGE_SHIFT, PTE_DIRTY, PTE_EXCLUSIVE, PTE_UNCOUNTED, PTE_YOUNG,
@@ -405,3 +405,13 @@ cdef inline bint make_room(FrameBatch *batch) noexcept nogil:
         batch_return(batch)
         return True
     return reclaim_some(batch.mem)
+
+
+cdef inline u64 batch_take_reclaimed(FrameBatch *batch) noexcept nogil:
+    """`batch_take`, with reclaim where there is no frame.  0: there is none to be had."""
+    cdef int tries = RECLAIM_TRIES
+    cdef u64 pfn = batch_take(batch)
+    while unlikely(pfn == 0) and tries and reclaim_some(batch.mem):
+        tries -= 1
+        pfn = batch_take(batch)
+    return pfn
