@@ -361,10 +361,15 @@ def _compare(options):
 def _history(options):
     """With messages: a file's, a shipped one's or a workload's own, or drawn."""
     name = options.history
-    if not os.path.exists(name) and name.partition(":")[0] in workload.WORKLOADS:
+    if os.path.exists(name):
+        trace = Trace.load(name)
+    elif name.partition(":")[0] in workload.WORKLOADS:
         trace = workload.make(name)
+    elif name in histories.names():
+        trace = histories.load(name)
     else:
-        trace = histories.load(name) if not os.path.exists(name) and name in histories.names() else _loaded(name)
+        raise TraceError(name, f"No such file, nor a history ({', '.join(histories.names())}) nor a workload "
+                               f"({', '.join(workload.WORKLOADS)})")
     drawn = {"share": options.share, "messages": options.messages, "seed": options.seed}
     drawn = {key: value for key, value in drawn.items() if value is not None}
     if not bench.talks(trace):
@@ -372,14 +377,6 @@ def _history(options):
     if drawn:
         raise RecordError(f"--{next(iter(drawn))}: {name} has messages of its own")
     return trace
-
-
-def _loaded(name):
-    try:
-        return Trace.load(name)
-    except FileNotFoundError:
-        raise RecordError(f"{name}: no such file, nor a history ({', '.join(histories.names())}) nor a workload "
-                          f"({', '.join(workload.WORKLOADS)})") from None
 
 
 def _print_differences(trace, result):

@@ -376,7 +376,8 @@ def test_a_history_without_messages_gets_some(tmp_path):
 
 
 @pytest.mark.parametrize(("arguments", "status", "message"), [
-    (["none"], 3, "none: No such file"), (["churn:x=1"], 3, "No such file"), (["static:x=1"], 2, "'x': static has"),
+    (["none"], 3, "none: No such file, nor a history (hpcc, nodejs, redis) nor a workload (static, "),
+    (["churn:x=1"], 3, "No such file"), (["static:x=1"], 2, "'x': static has"),
     ([CHURN, "--designs", "x"], 2, "design 'x': not one of"), ([CHURN, "--nic", "x"], 2, "'x': not NAME=VALUE"),
     ([CHURN, "--nic", "entries=0"], 2, "entries = 0"), ([CHURN, "--cost", "x"], 2, "no preset 'x'"),
     ([CHURN, "--turns", "0"], 2, "turns = 0"), ([CHURN, "--plot", "x.gif"], 2, "must end in"), ([], 2, "required"),
